@@ -1,0 +1,1 @@
+"""One node: aspired versions become ready servables in worker processes."""

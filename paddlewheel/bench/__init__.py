@@ -1,0 +1,1 @@
+"""The figures we publish, measured by commands that anyone can run."""

@@ -1,0 +1,1 @@
+"""The `paddlewheel` command, one module for each group of commands."""

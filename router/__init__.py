@@ -1,0 +1,1 @@
+"""The front door: a version and a place for each request."""
