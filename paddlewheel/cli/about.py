@@ -1,0 +1,39 @@
+"""`paddlewheel version` and `paddlewheel schema`: what this installation is and understands."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import click
+
+import paddlewheel
+from paddlewheel.cli.options import OutputFormat, output_option
+
+
+@click.command()
+@output_option
+def version(output: OutputFormat) -> None:
+    """Print the version of Paddlewheel and of the Python that runs it."""
+    if output == "json":
+        from paddlewheel.cli.output import print_json
+
+        print_json({"version": paddlewheel.__version__, "python": platform.python_version()})
+    else:
+        click.echo(f"paddlewheel {paddlewheel.__version__} (Python {platform.python_version()})")
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of model documents, for editors and CI.
+
+    \b
+    In VS Code's YAML extension:
+      paddlewheel schema > paddlewheel.schema.json
+      # yaml-language-server: $schema=./paddlewheel.schema.json   (first line of a document)
+    """
+    from paddlewheel.cli.output import print_json
+    from registry.schema import model_schema
+
+    print_json(model_schema())
+    sys.stdout.flush()
