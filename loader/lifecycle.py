@@ -23,14 +23,14 @@ class State(StrEnum):
     FAILED = "FAILED"
     """Could not be made ready."""
     QUARANTINED = "QUARANTINED"
-    """Was serving and was taken out."""
+    """Was serving and was taken out, here or on another node."""
 
 
 _S = State
 _SERVING = {_S.READY, _S.CANARY, _S.LIVE, _S.STANDBY}
 
 TRANSITIONS: Mapping[State, frozenset[State]] = {
-    _S.NEW: frozenset({_S.FETCHING, _S.FAILED, _S.GONE}),
+    _S.NEW: frozenset({_S.FETCHING, _S.FAILED, _S.QUARANTINED, _S.GONE}),
     _S.FETCHING: frozenset({_S.LOADING, _S.FAILED, _S.GONE}),
     _S.LOADING: frozenset({_S.WARMING, _S.FAILED, _S.GONE}),
     _S.WARMING: frozenset({_S.READY, _S.FAILED, _S.GONE}),

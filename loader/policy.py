@@ -65,6 +65,8 @@ class World:
     now_s: float
     fallback: ServableId | None = None
     """The last good version, where it is another one than the aspired."""
+    is_tight: bool = False
+    """Memory is too short to load what is wanted while a standby is kept."""
 
     def is_good(self, id: ServableId | None) -> bool:
         return id is not None and id in self.servables and self.servables[id].state in LOADED
@@ -145,7 +147,7 @@ def _applied(world: World, aspiration: Aspiration, canary: ServableId | None) ->
     else:
         bake_until_s = world.now_s + aspiration.bake_s
         standby = now.live
-    keeps = world.is_good(standby) and bake_until_s > world.now_s
+    keeps = world.is_good(standby) and bake_until_s > world.now_s and not world.is_tight
     return InForce(
         revision=aspiration.revision,
         live=aspiration.live,
@@ -161,7 +163,7 @@ def _held(world: World) -> InForce:
     canary = now.canary if world.is_good(now.canary) else None
     standby = now.standby if world.is_good(now.standby) else None
     if world.is_good(now.live):
-        if now.bake_until_s <= world.now_s:
+        if now.bake_until_s <= world.now_s or world.is_tight:
             standby = None
         return replace(now, canary=canary, standby=standby)
     if standby is not None:
@@ -185,11 +187,10 @@ def wanted(world: World) -> tuple[ServableId, ...]:
     if aspiration is None:
         return ()
     ids = [aspiration.live]
-    if world.is_bad(aspiration.live) and not world.is_good(world.in_force.live):
-        if world.fallback is not None:
-            ids.append(world.fallback)
-    elif aspiration.canary is not None:
-        ids.append(aspiration.canary)
+    if not world.is_bad(aspiration.live):
+        ids += [aspiration.canary] if aspiration.canary is not None else []
+    elif not world.is_good(world.in_force.live) and world.fallback is not None:
+        ids.append(world.fallback)
     return tuple(dict.fromkeys(ids))
 
 
@@ -231,7 +232,8 @@ def _give_up(world: World, wants: Iterable[ServableId]) -> Action | None:
 
 def _load(world: World, wants: Iterable[ServableId]) -> Action | None:
     """One load at a time for a model: two would only make each other, and serving, slower."""
-    if any(s.state in UNDERWAY for s in world.servables.values()):
+    states = {s.state for s in world.servables.values()}
+    if states & UNDERWAY or (world.is_tight and State.DRAINING in states):
         return None
     for id in wants:
         if id not in world.servables:

@@ -1,0 +1,122 @@
+"""Making one servable ready: check, load, warm up, in worker processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loader.compatibility import breach
+from loader.errors import LoadFailed, NotAdmitted
+from loader.recipe import Recipe
+from loader.worker import Worker
+from registry.inference import Signature
+
+Spawn = Callable[[], Awaitable[Worker]]
+"""Forks a fresh worker with nothing loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predecessor:
+    """The version that would be replaced, for the compatibility check."""
+
+    version: str
+    signature: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A servable's workers, loaded and warm."""
+
+    workers: tuple[Worker, ...]
+    signature: Signature
+
+
+@dataclass(slots=True)
+class Loading:
+    """The steps from bytes on disk to warm workers, in the order of SPEC section 4.
+
+    Nothing outside is touched before the end: a failure at any step ends the workers made so far
+    and raises `NotAdmitted`, `LoadFailed` or `WorkerDied`.
+    """
+
+    recipe: Recipe
+    folder: Path
+    golden: Path | None
+    predecessor: Predecessor | None
+    compatibility: str
+    spawn: Spawn
+    reserve: Callable[[], None]
+    """Books the memory, or raises `NotAdmitted` with the numbers."""
+    on_phase: Callable[[str, float], None]
+    """Told the name and length (s) of each phase as it ends: check, load, warm."""
+
+    async def run(self, *, deadline_s: float) -> Ready:
+        """deadline_s: the loop's time by which all of it must be done."""
+        loop = asyncio.get_running_loop()
+        workers: list[Worker] = []
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                first = await self.spawn()
+                workers.append(first)
+                started_s = loop.time()
+                signature = await first.check(self.folder, self.recipe)
+                if signature is not None:
+                    self._check_signature(signature)
+                self.reserve()
+                self.on_phase("check", loop.time() - started_s)
+                started_s = loop.time()
+                loaded = await first.load(self.folder, self.recipe)
+                self._check_signature(loaded.signature)
+                self.on_phase("load", loop.time() - started_s)
+                started_s = loop.time()
+                await first.warm(self.recipe, self.golden)
+                await first.serve()
+                for _ in range(1, self.recipe.replicas):
+                    worker = await self.spawn()
+                    workers.append(worker)
+                    await _make_serving(worker, self.folder, self.recipe)
+                self.on_phase("warm", loop.time() - started_s)
+                return Ready(tuple(workers), loaded.signature)
+        except TimeoutError:
+            await end(workers)
+            raise LoadFailed("not ready within the load deadline") from None
+        except BaseException:
+            await end(workers)
+            raise
+
+    async def replacement(self) -> Worker:
+        """One more worker of the same servable; its files were checked before."""
+        worker = await self.spawn()
+        try:
+            await _make_serving(worker, self.folder, self.recipe)
+        except BaseException:
+            await end([worker])
+            raise
+        return worker
+
+    def _check_signature(self, signature: Signature) -> None:
+        if self.predecessor is None:
+            return
+        reason = breach(self.predecessor.signature, signature, self.compatibility)
+        if reason is not None:
+            raise NotAdmitted(
+                "signature",
+                f"not {self.compatibility}ly compatible with {self.predecessor.version}: {reason}",
+            )
+
+
+async def _make_serving(worker: Worker, folder: Path, recipe: Recipe) -> None:
+    await worker.load(folder, recipe)
+    await worker.warm(recipe, None)
+    await worker.serve()
+
+
+async def end(workers: list[Worker]) -> None:
+    """Kill what was started; a worker that is not ready has nobody waiting on it."""
+    for worker in workers:
+        worker.kill()
+        with contextlib.suppress(Exception):
+            await worker.close(timeout_s=2.0)

@@ -1,0 +1,180 @@
+"""The policy, one line a case: what is, and the one step that follows."""
+
+from __future__ import annotations
+
+import pytest
+
+from loader.lifecycle import State
+from loader.policy import (
+    Abandon,
+    Action,
+    Aspiration,
+    Drain,
+    Forget,
+    InForce,
+    Load,
+    Snapshot,
+    Swap,
+    Unload,
+    World,
+    next_action,
+    next_wake_s,
+)
+from registry.names import Digest, ModelName, Revision, ServableId, Version
+
+NOW_S = 100.0
+
+
+def sid(version: str) -> ServableId:
+    return ServableId(ModelName("m"), Version(version), Digest("sha256:" + version))
+
+
+A, B, C = sid("a"), sid("b"), sid("c")
+R1, R2 = Revision(1), Revision(2)
+
+
+def world(
+    states: str,
+    aspired: Aspiration | None,
+    in_force: InForce = InForce(),  # noqa: B008 - a frozen value
+    *,
+    fallback: ServableId | None = None,
+    is_tight: bool = False,
+    in_flight: int = 0,
+) -> World:
+    """``states``: "a LIVE, b LOADING"."""
+    servables = dict[ServableId, Snapshot]()
+    for part in filter(None, states.split(", ")):
+        version, state = part.split(" ")
+        servables[sid(version)] = Snapshot(sid(version), State(state), in_flight, NOW_S + 30)
+    return World(aspired, in_force, servables, NOW_S, fallback, is_tight)
+
+
+WANT_A = Aspiration(R1, A)
+WANT_B = Aspiration(R2, B, bake_s=600)
+WANT_A_CANARY_B = Aspiration(R2, A, canary=B)
+A_IN_FORCE = InForce(R1, A)
+B_OVER_A = InForce(R2, B, standby=A, bake_until_s=NOW_S + 600)
+
+CASES: dict[str, tuple[World, Action | None]] = {
+    "nothing is wanted, nothing is there": (world("", None), None),
+    "load what is aspired": (world("", WANT_A), Load(A)),
+    "wait while it loads": (world("a LOADING", WANT_A), None),
+    "the first version goes live": (
+        world("a READY", WANT_A),
+        Swap(InForce(R1, A, bake_until_s=NOW_S)),
+    ),
+    "converged": (world("a LIVE", WANT_A, A_IN_FORCE), None),
+    "load the new one beside the old": (world("a LIVE", WANT_B, A_IN_FORCE), Load(B)),
+    "the old one serves while the new one warms": (
+        world("a LIVE, b WARMING", WANT_B, A_IN_FORCE),
+        None,
+    ),
+    "swap, and keep the old one as standby": (
+        world("a LIVE, b READY", WANT_B, A_IN_FORCE),
+        Swap(B_OVER_A),
+    ),
+    "without a bake time there is no standby": (
+        world("a LIVE, b READY", Aspiration(R2, B), A_IN_FORCE),
+        Swap(InForce(R2, B, bake_until_s=NOW_S)),
+    ),
+    "the standby goes when the bake is over": (
+        world("a STANDBY, b LIVE", WANT_B, InForce(R2, B, standby=A, bake_until_s=NOW_S)),
+        Swap(InForce(R2, B, bake_until_s=NOW_S)),
+    ),
+    "drain what nothing points at": (
+        world("a READY, b LIVE", WANT_B, InForce(R2, B, bake_until_s=NOW_S)),
+        Drain(A),
+    ),
+    "unload when drained": (world("a DRAINING, b LIVE", WANT_B, InForce(R2, B)), Unload(A)),
+    "requests in flight are waited for": (
+        world("a DRAINING, b LIVE", WANT_B, InForce(R2, B), in_flight=1),
+        None,
+    ),
+    "a failed version leaves traffic where it is": (
+        world("a LIVE, b FAILED", WANT_B, A_IN_FORCE),
+        None,
+    ),
+    "a failed version that no document names is forgotten": (
+        world("a LIVE, b FAILED", WANT_A, A_IN_FORCE),
+        Forget(B),
+    ),
+    "a load that nobody wants any more is stopped": (
+        world("a LIVE, b LOADING", WANT_A, A_IN_FORCE),
+        Abandon(B),
+    ),
+    "a superseded load is stopped before the next one starts": (
+        world("a LIVE, b LOADING", Aspiration(Revision(3), C), A_IN_FORCE),
+        Abandon(B),
+    ),
+    "live and canary are routed together": (
+        world("a LIVE, b READY", WANT_A_CANARY_B, A_IN_FORCE),
+        Swap(InForce(R2, A, canary=B)),
+    ),
+    "a canary that failed keeps the old document in force": (
+        world("a LIVE, b FAILED", WANT_A_CANARY_B, A_IN_FORCE),
+        None,
+    ),
+    "with nothing serving, live does not wait for the canary": (
+        world("a READY", WANT_A_CANARY_B),
+        Swap(InForce(R2, A, bake_until_s=NOW_S)),
+    ),
+    "a promoted canary leaves the old live as standby": (
+        world("a LIVE, b CANARY", WANT_B, InForce(R1, A, canary=B)),
+        Swap(B_OVER_A),
+    ),
+    "a quarantined live falls back to the standby": (
+        world("a STANDBY, b QUARANTINED", WANT_B, B_OVER_A),
+        Swap(InForce(R2, A, bake_until_s=NOW_S)),
+    ),
+    "a quarantined version stays out": (
+        world("a LIVE, b QUARANTINED", WANT_B, InForce(R2, A)),
+        None,
+    ),
+    "a quarantined canary gives its share back to live": (
+        world("a LIVE, b QUARANTINED", WANT_A_CANARY_B, InForce(R2, A, canary=B)),
+        Swap(InForce(R2, A)),
+    ),
+    "without a standby the last good version is loaded": (
+        world("b QUARANTINED", WANT_B, InForce(R2), fallback=A),
+        Load(A),
+    ),
+    "and routed": (
+        world("a READY, b QUARANTINED", WANT_B, InForce(R2), fallback=A),
+        Swap(InForce(R2, A, bake_until_s=NOW_S)),
+    ),
+    "a restart with a broken document loads the last good version": (
+        world("b FAILED", WANT_B, fallback=A),
+        Load(A),
+    ),
+    "a deleted document takes the route away first": (
+        world("a LIVE", None, A_IN_FORCE),
+        Swap(InForce(R1)),
+    ),
+    "then drains": (world("a READY", None, InForce(R1)), Drain(A)),
+    "too little memory: the standby goes first": (
+        world("a STANDBY, b LIVE", Aspiration(Revision(3), C, bake_s=600), B_OVER_A, is_tight=True),
+        Swap(InForce(R2, B, bake_until_s=B_OVER_A.bake_until_s)),
+    ),
+    "and its memory is waited for": (
+        world(
+            "a DRAINING, b LIVE",
+            Aspiration(Revision(3), C, bake_s=600),
+            InForce(R2, B, bake_until_s=B_OVER_A.bake_until_s),
+            is_tight=True,
+            in_flight=1,
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_next_action(name: str) -> None:
+    given, wanted = CASES[name]
+    assert next_action(given) == wanted
+
+
+def test_the_next_wake_is_the_end_of_the_bake() -> None:
+    assert next_wake_s(world("a STANDBY, b LIVE", WANT_B, B_OVER_A)) == NOW_S + 600
+    assert next_wake_s(world("a LIVE", WANT_A, A_IN_FORCE)) is None
