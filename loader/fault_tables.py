@@ -82,6 +82,16 @@ CUDA: Mapping[FaultClass, frozenset[int]] = {
     _C.HARDWARE: frozenset({3, 35, 46, 100, 101, 220, 802, 803, 804}),
 }
 
+CUDA_NAMES: Mapping[str, int] = {
+    "MemoryAllocation": 2, "InitializationError": 3, "InsufficientDriver": 35,
+    "DevicesUnavailable": 46, "InvalidDeviceFunction": 98, "NoDevice": 100, "InvalidDevice": 101,
+    "NoKernelImageForDevice": 209, "ECCUncorrectable": 214, "IllegalAddress": 700,
+    "LaunchOutOfResources": 701, "LaunchTimeout": 702, "Assert": 710, "HardwareStackError": 714,
+    "IllegalInstruction": 715, "MisalignedAddress": 716, "InvalidAddressSpace": 717,
+    "InvalidPc": 718, "LaunchFailure": 719, "CooperativeLaunchTooLarge": 720,
+}  # fmt: skip
+"""``cudaError<name>``, as Thrust writes it into its own exceptions, without a number."""
+
 STATUS: Mapping[FaultClass, tuple[str, ...]] = {
     _C.MEMORY: ("ALLOC_FAILED", "ALLOCATION_FAILED", "INSUFFICIENT_RESOURCES"),
     _C.STICKY: ("EXECUTION_FAILED", "EXEC_FAILED", "LAUNCH_FAILURE", "PREEXISTING_FAILURE",

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from loader.fault_tables import (
     CUDA,
+    CUDA_NAMES,
     DEVICE_ALLOCATION_FAILED,
     EXCEPTIONS,
     HANDLING,
@@ -62,9 +63,11 @@ class Fault:
 
 _C = FaultClass
 _LIBRARY_ERROR = re.compile(
-    r"\b(CUDA|CUDNN|CUBLAS|CURAND|CUSPARSE|CUSOLVER|CUFFT|CU|NCCL|HIP)\s+error\s*\(\s*(\d+)\s*\)",
+    r"\b(CUDA|CUDNN|CUBLAS|CURAND|CUSPARSE|CUSOLVER|CUFFT|CU|NCCL|HIP)\s+error"
+    r"(?:\s*\(\s*(\d+)\s*\)|\s+(\d{1,4})\b)",  # CUB writes its number without parentheses
     re.IGNORECASE,
 )
+_CUDA_NAME = re.compile(rf"\bcudaError({'|'.join(CUDA_NAMES)})\b")
 _STATUS_NAME = re.compile(r"\b(CUDNN|CUBLAS|CURAND|CUSPARSE|CUSOLVER|CUFFT)_([A-Z][A-Z_]{3,})\b")
 _NCCL_TEXT = re.compile(
     r"\bNCCL error\b.{0,200}?\b(unhandled \w+ error|internal error)", re.I | re.S
@@ -78,7 +81,8 @@ _HOST_MEMORY = re.compile(
     r"\bbad_alloc\b|Fail(?:ed)? to alloc(?:ate)? memory|Cannot allocate memory|\[Errno 12\]", re.I
 )
 _NO_KERNEL = re.compile(
-    r"The kernel (?:with key .{0,300}?|`[^`]*`) is not registered|no kernel image is available",
+    r"The kernel (?:with key .{0,300}?|`[^`]*`) is not registered"
+    r"|There are no kernels which are registered|no kernel image is available",
     re.S,
 )
 _HINT = re.compile(r"\n\s*\[(?:Hint|Advise|operator)\b.*", re.S)
@@ -188,13 +192,17 @@ def _library_error(text: str) -> tuple[str, FaultClass] | None:
     named = _STATUS_NAME.search(text)
     by_name = _by_status(named[2]) if named else _C.UNKNOWN
     if numbered is not None:
-        library, number = numbered[1].upper(), int(numbered[2])
+        library, number = numbered[1].upper(), int(numbered[2] or numbered[3])
         if library in ("CUDA", "CU", "HIP"):
             return str(number), classify_cuda(number)
         known = by_name if by_name is not _C.UNKNOWN else _by_number(library, number)
         return f"{library}:{number}", known
     if named is not None:
         return f"{named[1]}:{named[2].removeprefix('STATUS_')}", by_name
+    cuda = _CUDA_NAME.search(text)
+    if cuda is not None:
+        number = CUDA_NAMES[cuda[1]]
+        return str(number), classify_cuda(number)
     nccl = _NCCL_TEXT.search(text)
     if nccl is not None:
         return f"NCCL:{nccl[1]}", _C.STICKY
