@@ -17,7 +17,7 @@ from typing import IO
 
 import numpy as np
 
-from loader import wire
+from loader import protobuf
 from loader.errors import LoaderError
 from loader.tensor_desc import (
     TensorDesc,
@@ -68,7 +68,7 @@ class ParamsFile(Mapping[str, Array]):
     does; the file must not be cut short meanwhile (a cached folder never is).
     """
 
-    def __init__(self, data: wire.Buffer, entries: Sequence[TensorEntry]) -> None:
+    def __init__(self, data: protobuf.Buffer, entries: Sequence[TensorEntry]) -> None:
         self._data = data
         self.entries = tuple(entries)
         """In file order."""
@@ -136,14 +136,14 @@ def _write_tensor(out: IO[bytes], tensor: Array) -> None:
     out.write(np.ascontiguousarray(tensor, dtype=storage_dtype(dtype)).tobytes())
 
 
-def _map(path: Path) -> wire.Buffer:
+def _map(path: Path) -> protobuf.Buffer:
     with path.open("rb") as file:
         if file.seek(0, 2) == 0:  # mmap refuses an empty file
             return memoryview(b"")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _scan(path: Path, data: wire.Buffer, names: Sequence[str] | None) -> Iterator[TensorEntry]:
+def _scan(path: Path, data: protobuf.Buffer, names: Sequence[str] | None) -> Iterator[TensorEntry]:
     at = 0
     index = 0
     most = _MAX_TENSORS if names is None else len(names)
@@ -163,7 +163,7 @@ def _scan(path: Path, data: wire.Buffer, names: Sequence[str] | None) -> Iterato
 class _Cursor:
     """Reads one tensor's header; every step checks what is left before it takes it."""
 
-    def __init__(self, path: Path, data: wire.Buffer, at: int, index: int) -> None:
+    def __init__(self, path: Path, data: protobuf.Buffer, at: int, index: int) -> None:
         self._path = path
         self._data = data
         self._at = at
@@ -186,14 +186,14 @@ class _Cursor:
         try:
             desc = parse_tensor_desc(message)
             count = element_count(desc.dims)
-        except wire.WireError as exc:
+        except protobuf.WireError as exc:
             raise self._error(f"tensor description{called}: {exc.reason}", back=size) from exc
         nbytes = count * storage_dtype(desc.dtype).itemsize
         offset = self._at
         self._take(nbytes, f"{desc.dtype} data {list(desc.dims)}{called}")
         return TensorEntry(self._index, name, desc.dtype, desc.dims, offset, nbytes)
 
-    def _take(self, size: int, what: str) -> wire.Buffer:
+    def _take(self, size: int, what: str) -> protobuf.Buffer:
         left = len(self._data) - self._at
         if size > left:
             raise self._error(f"cut short: {what} needs {size} bytes, {left} left")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loader import wire
+from loader import protobuf
 from loader.program import Persistable, Program, ProgramError, in_file_order
 from loader.tensor_desc import TensorDesc, parse_tensor_desc
 from registry.inference import DTYPES, Signature, TensorSpec
@@ -39,26 +39,26 @@ class _Operator:
 def parse_legacy(data: bytes, path: Path) -> Program:
     """Raises `ProgramError` naming the variable or operator."""
     try:
-        for number, value in wire.fields(memoryview(data)):
+        for number, value in protobuf.fields(memoryview(data)):
             if number == 1:  # blocks; the first is the global one
-                return _program(wire.submessage(value), path)
-    except wire.WireError as exc:
+                return _program(protobuf.submessage(value), path)
+    except protobuf.WireError as exc:
         raise ProgramError(path, where="", reason=f"not a program: {exc}") from exc
     raise ProgramError(path, where="", reason="not a program: no block")
 
 
-def _program(block: wire.Buffer, path: Path) -> Program:
+def _program(block: protobuf.Buffer, path: Path) -> Program:
     variables: dict[str, _Variable] = {}
     feeds: list[_Operator] = []
     fetches: list[_Operator] = []
     op_count = 0
-    for number, value in wire.fields(block):
+    for number, value in protobuf.fields(block):
         if number == 3:
-            variable = _variable(wire.submessage(value), path)
+            variable = _variable(protobuf.submessage(value), path)
             variables[variable.name] = variable
         elif number == 4:
             op_count += 1
-            operator = _operator(wire.submessage(value))
+            operator = _operator(protobuf.submessage(value))
             if operator.kind == "feed":
                 feeds.append(operator)
             elif operator.kind == "fetch":
@@ -103,63 +103,63 @@ def _spec(
     return TensorSpec(names[0], desc.dtype, tuple(max(dim, -1) for dim in desc.dims))
 
 
-def _variable(message: wire.Buffer, path: Path) -> _Variable:
+def _variable(message: protobuf.Buffer, path: Path) -> _Variable:
     found = _Variable()
-    for number, value in wire.fields(message):
+    for number, value in protobuf.fields(message):
         if number == 1:
-            found.name = wire.text(value)
+            found.name = protobuf.text(value)
         elif number == 2:
-            for inner, content in wire.fields(wire.submessage(value)):
+            for inner, content in protobuf.fields(protobuf.submessage(value)):
                 if inner == 1:
-                    found.kind = wire.number(content)
+                    found.kind = protobuf.number(content)
                 elif inner == 3:  # dense_tensor
-                    found.desc = _dense_tensor(wire.submessage(content), found.name, path)
+                    found.desc = _dense_tensor(protobuf.submessage(content), found.name, path)
         elif number == 3:
-            found.is_persistable = bool(wire.number(value))
+            found.is_persistable = bool(protobuf.number(value))
     return found
 
 
-def _dense_tensor(message: wire.Buffer, name: str, path: Path) -> TensorDesc | None:
-    for number, value in wire.fields(message):
+def _dense_tensor(message: protobuf.Buffer, name: str, path: Path) -> TensorDesc | None:
+    for number, value in protobuf.fields(message):
         if number == 1:
             try:
-                return parse_tensor_desc(wire.submessage(value))
-            except wire.WireError as exc:
+                return parse_tensor_desc(protobuf.submessage(value))
+            except protobuf.WireError as exc:
                 raise ProgramError(path, where=name, reason=exc.reason) from exc
     return None
 
 
-def _operator(message: wire.Buffer) -> _Operator:
+def _operator(message: protobuf.Buffer) -> _Operator:
     found = _Operator()
-    for number, value in wire.fields(message):
+    for number, value in protobuf.fields(message):
         if number == 1:
-            _slot(wire.submessage(value), found.inputs)
+            _slot(protobuf.submessage(value), found.inputs)
         elif number == 2:
-            _slot(wire.submessage(value), found.outputs)
+            _slot(protobuf.submessage(value), found.outputs)
         elif number == 3:
-            found.kind = wire.text(value)
+            found.kind = protobuf.text(value)
         elif number == 4:
-            name, integer = _attribute(wire.submessage(value))
+            name, integer = _attribute(protobuf.submessage(value))
             if name == "col":
                 found.column = integer
     return found
 
 
-def _slot(message: wire.Buffer, into: dict[str, list[str]]) -> None:
+def _slot(message: protobuf.Buffer, into: dict[str, list[str]]) -> None:
     parameter, arguments = "", list[str]()
-    for number, value in wire.fields(message):
+    for number, value in protobuf.fields(message):
         if number == 1:
-            parameter = wire.text(value)
+            parameter = protobuf.text(value)
         elif number == 2:
-            arguments.append(wire.text(value))
+            arguments.append(protobuf.text(value))
     into[parameter] = arguments
 
 
-def _attribute(message: wire.Buffer) -> tuple[str, int]:
+def _attribute(message: protobuf.Buffer) -> tuple[str, int]:
     name, integer = "", 0
-    for number, value in wire.fields(message):
+    for number, value in protobuf.fields(message):
         if number == 1:
-            name = wire.text(value)
+            name = protobuf.text(value)
         elif number == 3:
-            integer = wire.signed(wire.number(value))
+            integer = protobuf.signed(protobuf.number(value))
     return name, integer

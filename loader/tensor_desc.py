@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loader import wire
+from loader import protobuf
 
 DTYPE_OF_CODE: Mapping[int, str] = {
     0: "bool", 1: "int16", 2: "int32", 3: "int64", 4: "float16", 5: "float32", 6: "float64",
@@ -42,36 +42,36 @@ def storage_dtype(dtype: str) -> np.dtype[Any]:
 def element_count(dims: Sequence[int]) -> int:
     """How many elements; 1 for a scalar.
 
-    Raises `wire.WireError` for a negative dim and for a count no memory could hold.
+    Raises `protobuf.WireError` for a negative dim and for a count no memory could hold.
     """
     if any(dim < 0 for dim in dims):
-        raise wire.WireError(0, f"negative dims {list(dims)}")
+        raise protobuf.WireError(0, f"negative dims {list(dims)}")
     count = prod(dims)
     if count > _MAX_ELEMENTS:
-        raise wire.WireError(0, f"dims {list(dims)} overflow")
+        raise protobuf.WireError(0, f"dims {list(dims)} overflow")
     return count
 
 
-def parse_tensor_desc(message: wire.Buffer) -> TensorDesc:
-    """Raises `wire.WireError`: not such a message, a type code nobody knows, too many dims."""
+def parse_tensor_desc(message: protobuf.Buffer) -> TensorDesc:
+    """Raises `protobuf.WireError`: not such a message, a type code nobody knows, too many dims."""
     code: int | None = None
     dims: list[int] = []
-    for number, value in wire.fields(message):
+    for number, value in protobuf.fields(message):
         if number == 1:
-            code = wire.number(value)
+            code = protobuf.number(value)
         elif number == 2:
-            dims += wire.numbers(value)
+            dims += protobuf.numbers(value)
     if code is None:
-        raise wire.WireError(0, "no data type")
+        raise protobuf.WireError(0, "no data type")
     dtype = DTYPE_OF_CODE.get(code)
     if dtype is None:
-        raise wire.WireError(0, f"unknown data type {code}")
+        raise protobuf.WireError(0, f"unknown data type {code}")
     if len(dims) > MAX_RANK:
-        raise wire.WireError(0, f"{len(dims)} dims, more than {MAX_RANK}")
+        raise protobuf.WireError(0, f"{len(dims)} dims, more than {MAX_RANK}")
     return TensorDesc(dtype, tuple(dims))
 
 
 def encode_tensor_desc(desc: TensorDesc) -> bytes:
     """The message, dims unpacked, byte for byte as Paddle writes it."""
-    out = b"\x08" + wire.encode_varint(CODE_OF_DTYPE[desc.dtype])
-    return out + b"".join(b"\x10" + wire.encode_varint(dim) for dim in desc.dims)
+    out = b"\x08" + protobuf.encode_varint(CODE_OF_DTYPE[desc.dtype])
+    return out + b"".join(b"\x10" + protobuf.encode_varint(dim) for dim in desc.dims)
