@@ -86,9 +86,9 @@ class Plan:
         """Read what `dump` wrote."""
         document = cast("dict[str, Any]", orjson.loads(line))
         rows = cast("list[dict[str, Any]]", document.pop("requests"))
-        requests = tuple(
-            PlannedRequest(**{**row, "data": base64.b64decode(row["data"])}) for row in rows
-        )
+        for row in rows:
+            row["data"] = base64.b64decode(row["data"])
+        requests = tuple(PlannedRequest(**row) for row in rows)
         return cls(requests=requests, **document)
 
 

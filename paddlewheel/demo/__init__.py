@@ -1,0 +1,1 @@
+"""A live demonstration: a real OCR model swapped under traffic by editing documents in etcd."""
