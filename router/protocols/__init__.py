@@ -1,1 +1,1 @@
-"""Bytes to tensors and back, one module for each protocol."""
+"""Bytes to tensors and back, one module for each protocol spoken on HTTP."""

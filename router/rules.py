@@ -1,0 +1,222 @@
+"""Canary rules, compiled: which of a model's requests go to the canary, and by which rule.
+
+First match wins; the kinds are tried in the order header, user, region, percent, whatever the
+order written (SPEC section 3). No clock and no dice here: chance comes in as a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from registry.names import ModelName
+from registry.spec import HeaderRule, PercentRule, RegionRule, Rule, UserRule
+
+BUCKETS = 10_000
+"""A percent counts in steps of 0.01."""
+
+_SALT = b"paddlewheel-v1"
+_DEFAULT_USER_HEADER = "x-user-id"
+
+Headers = Mapping[str, str]
+"""Looked up by lower-case names: a case-insensitive mapping, or one with lower-case keys."""
+
+
+class Match(NamedTuple):
+    """The rule that took a request."""
+
+    kind: str
+    """header, user, region or percent."""
+    index: int
+    """Its place among the rules as written, from 0."""
+    detail: str
+    """The rule in words, from the document alone: nothing that the client sent."""
+
+
+class Verdict(NamedTuple):
+    match: Match | None
+    bucket: int | None
+    """The user's bucket, 0..9999, where one was looked at."""
+
+
+def user_bucket(model: str, user: str) -> int:
+    """Return 0..9999 for ``(model, user)``: the same in every process, on every node, for ever."""
+    digest = hashlib.blake2b(
+        f"{model}\0{user}".encode("utf-8", "surrogateescape"), digest_size=8, salt=_SALT
+    )
+    return int.from_bytes(digest.digest(), "big") % BUCKETS
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    match: Match
+    name: str
+    equals: str | None
+    prefix: str | None
+
+    def takes(self, headers: Headers) -> bool:
+        value = headers.get(self.name)
+        if value is None:
+            return False
+        if self.equals is not None:
+            return value == self.equals
+        return self.prefix is None or value.startswith(self.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class _User:
+    match: Match
+    header: str | None
+    claim: str | None
+    threshold: int
+    """Buckets below it are in."""
+
+    def user_id(self, headers: Headers, claims: Mapping[str, Any] | None) -> str | None:
+        """Return the id, or ``None`` when the request has none (or an empty one)."""
+        if self.header is not None:
+            return headers.get(self.header) or None
+        value = claims.get(self.claim) if claims is not None and self.claim else None
+        return str(value) if value not in (None, "") else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    match: Match
+    header: str
+    regions: frozenset[str]
+    threshold: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Percent:
+    match: Match
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRules:
+    """The rules of one model's canary, sorted by kind and ready to be asked.
+
+    Made by `compile_rules`. Rules are asked in this order; growing a percent only adds users.
+    """
+
+    model: ModelName
+    written: tuple[Rule, ...]
+    _headers: tuple[_Header, ...]
+    _users: tuple[_User, ...]
+    _regions: tuple[_Region, ...]
+    _percents: tuple[_Percent, ...]
+
+    def decide(self, headers: Headers, claims: Mapping[str, Any] | None, chance: float) -> Verdict:
+        """Return the rule that takes this request to the canary, if any does.
+
+        chance: drawn by the caller for this request, uniform in [0, 1).
+        """
+        for header in self._headers:
+            if header.takes(headers):
+                return Verdict(header.match, None)
+        seen: str | None = None
+        bucket: int | None = None
+        for user in self._users:
+            user_id = user.user_id(headers, claims)
+            if user_id is not None:
+                if user_id != seen:
+                    seen, bucket = user_id, user_bucket(self.model, user_id)
+                if bucket is not None and bucket < user.threshold:
+                    return Verdict(user.match, bucket)
+        if self._regions:
+            user_id = self._region_user(headers, claims)
+            if user_id is not None and user_id != seen:
+                bucket = user_bucket(self.model, user_id)
+            for region in self._regions:
+                if headers.get(region.header) not in region.regions:
+                    continue
+                if region.share >= 1.0:
+                    return Verdict(region.match, bucket)
+                if user_id is not None and bucket is not None:
+                    if bucket < region.threshold:
+                        return Verdict(region.match, bucket)
+                    continue
+                if chance < region.share:
+                    return Verdict(region.match, bucket)
+                # What is left of the number is uniform again: the next rule gets its own dice.
+                chance = (chance - region.share) / (1.0 - region.share)
+        for percent in self._percents:
+            if chance < percent.share or percent.share >= 1.0:
+                return Verdict(percent.match, bucket)
+            chance = (chance - percent.share) / (1.0 - percent.share)
+        return Verdict(None, bucket)
+
+    def share(self, headers: Headers, claims: Mapping[str, Any] | None) -> float:
+        """Return how many of such requests the rules take, 0..1: 0 or 1 where no dice is thrown."""
+        certain = self.decide(headers, claims, _UNLUCKY)
+        if certain.match is not None:
+            return 1.0
+        left = 1.0
+        has_user = self._region_user(headers, claims) is not None
+        for region in self._regions:
+            if not has_user and headers.get(region.header) in region.regions:
+                left *= 1.0 - region.share
+        for percent in self._percents:
+            left *= 1.0 - percent.share
+        return 1.0 - left
+
+    def _region_user(self, headers: Headers, claims: Mapping[str, Any] | None) -> str | None:
+        """The first user rule's id, else ``X-User-Id``, else nobody (SPEC section 8)."""
+        user_id = self._users[0].user_id(headers, claims) if self._users else None
+        return user_id or headers.get(_DEFAULT_USER_HEADER) or None
+
+
+_UNLUCKY = 1.0
+"""Above every chance: no dice falls for the canary, except where the share is all of it."""
+
+
+def compile_rules(model: ModelName, rules: Sequence[Rule]) -> CompiledRules:
+    """Sort ``rules`` by kind and prepare what each needs per request."""
+    headers: list[_Header] = []
+    users: list[_User] = []
+    regions: list[_Region] = []
+    percents: list[_Percent] = []
+    for index, rule in enumerate(rules):
+        match rule:
+            case HeaderRule():
+                found = Match("header", index, _header_detail(rule))
+                headers.append(_Header(found, rule.name.lower(), rule.equals, rule.prefix))
+            case UserRule():
+                source = f"header {rule.header}" if rule.header else f"claim {rule.claim}"
+                found = Match("user", index, f"{source}, {rule.percent:g} %")
+                header = rule.header.lower() if rule.header else None
+                users.append(_User(found, header, rule.claim, _threshold(rule.percent)))
+            case RegionRule():
+                names = ", ".join(rule.regions)
+                found = Match("region", index, f"{rule.header} in {names}, {rule.percent:g} %")
+                regions.append(
+                    _Region(
+                        found,
+                        rule.header.lower(),
+                        frozenset(rule.regions),
+                        _threshold(rule.percent),
+                        rule.percent / 100,
+                    )
+                )
+            case PercentRule():
+                found = Match("percent", index, f"{rule.percent:g} % by chance")
+                percents.append(_Percent(found, rule.percent / 100))
+    return CompiledRules(
+        model, tuple(rules), tuple(headers), tuple(users), tuple(regions), tuple(percents)
+    )
+
+
+def _header_detail(rule: HeaderRule) -> str:
+    if rule.equals is not None:
+        return f"{rule.name} equals {rule.equals!r}"
+    if rule.prefix is not None:
+        return f"{rule.name} starts with {rule.prefix!r}"
+    return f"{rule.name} is present"
+
+
+def _threshold(percent: float) -> int:
+    return round(percent * BUCKETS / 100)
