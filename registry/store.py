@@ -12,6 +12,8 @@ from typing import Protocol
 from registry.errors import PaddlewheelError
 from registry.names import Revision
 
+_NEVER = Revision(0)
+
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
@@ -20,7 +22,7 @@ class KeyValue:
     key: str
     value: bytes
     mod_revision: Revision
-    create_revision: Revision = Revision(0)
+    create_revision: Revision = _NEVER
     version: int = 0
     lease: int = 0
 
@@ -162,15 +164,14 @@ class Store(Protocol):
         failure: Sequence[Op] = (),
     ) -> TxnResult: ...
 
-    def watch_prefix(
-        self, prefix: str, *, known: Listing | None = None
-    ) -> AsyncIterator[Batch]:
+    def watch_prefix(self, prefix: str, *, known: Listing | None = None) -> AsyncIterator[Batch]:
         """Every change under ``prefix``, for ever: no event lost, none repeated, none reordered.
 
         Starts after ``known`` (a listing of the same prefix) when it is given. Otherwise lists
-        first and yields that listing as one batch of puts, then what follows. Survives member
-        loss, leader change, cut streams and compaction (a compaction yields the difference
-        between what was delivered and what is, as one batch at the new head).
+        first and yields that listing as one batch of puts (an empty one too: nothing is there,
+        and that is known), then what follows. Survives member loss, leader change, cut streams
+        and compaction (a compaction yields the difference between what was delivered and what is,
+        as one batch at the new head).
         Ends only when the caller closes it; raises only `PermissionDenied`.
         """
         ...
@@ -181,6 +182,12 @@ class Store(Protocol):
         """One renewal. Returns the remaining TTL in seconds; raises `LeaseNotFound`."""
         ...
 
-    async def lease_revoke(self, lease: int) -> None: ...
+    async def lease_keys(self, lease: int) -> frozenset[str]:
+        """The keys now under the lease; raises `LeaseNotFound`."""
+        ...
+
+    async def lease_revoke(self, lease: int) -> None:
+        """End the lease, and its keys with it. Nothing happens when it is gone already."""
+        ...
 
     async def close(self) -> None: ...

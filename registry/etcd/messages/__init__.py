@@ -1,0 +1,1 @@
+"""Generated from ``registry/etcd/proto/etcd.proto``; how: the README beside it."""
