@@ -83,14 +83,7 @@ class ParamsFile(Mapping[str, Array]):
         """
         where = Path(path)
         data = _map(where)
-        entries = list(_scan(where, data, names))
-        if len(entries) < len(names):
-            raise ParamsError(
-                where, index=len(entries), offset=len(data),
-                reason=f"the file ends here, {len(names) - len(entries)} of {len(names)} tensors "
-                f"are missing, the first is {names[len(entries)]!r}",
-            )  # fmt: skip
-        return cls(data, entries)
+        return cls(data, list(_scan(where, data, names)))
 
     def __getitem__(self, name: str) -> Array:
         return self.view(self._by_name[name])
@@ -112,10 +105,13 @@ def list_tensors(path: Path | str, names: Sequence[str] | None = None) -> list[T
 
     Reads headers only: the data stays on disk. Raises as `ParamsFile.open` does.
     """
-    if names is not None:
-        return list(ParamsFile.open(path, names).entries)
+    return list(scan_tensors(path, names))
+
+
+def scan_tensors(path: Path | str, names: Sequence[str] | None) -> Iterator[TensorEntry]:
+    """`list_tensors`, one at a time: the error of a broken file comes after what is whole."""
     where = Path(path)
-    return list(_scan(where, _map(where), None))
+    yield from _scan(where, _map(where), names)
 
 
 def write_params(path: Path | str, tensors: Mapping[str, Array]) -> None:
@@ -158,6 +154,12 @@ def _scan(path: Path, data: protobuf.Buffer, names: Sequence[str] | None) -> Ite
         yield entry
         at = entry.offset + entry.nbytes
         index += 1
+    if names is not None and index < len(names):
+        raise ParamsError(
+            path, index=index, offset=at,
+            reason=f"the file ends here, {len(names) - index} of {len(names)} tensors are missing, "
+            f"the first is {names[index]!r}",
+        )  # fmt: skip
 
 
 class _Cursor:
