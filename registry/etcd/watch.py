@@ -21,6 +21,7 @@ from registry.etcd.failures import Verdict, verdict
 from registry.etcd.link import Link, pause
 from registry.etcd.messages import etcd_pb2 as pb
 from registry.etcd.stream import Stream
+from registry.known import Known
 from registry.names import Revision
 from registry.store import (
     Batch,
@@ -47,37 +48,6 @@ class _Break(Exception):
 
 class _Compacted(Exception):
     """etcd no longer has what we want to resume from."""
-
-
-class Known:
-    """What was delivered so far: the position, and each key's revision for a later difference."""
-
-    def __init__(self, listing: Listing) -> None:
-        self.revision = listing.revision
-        self._mod_revisions = {kv.key: kv.mod_revision for kv in listing.kvs}
-
-    def note(self, batch: Batch) -> None:
-        self.revision = batch.revision
-        for event in batch.events:
-            if isinstance(event, Put):
-                self._mod_revisions[event.kv.key] = event.kv.mod_revision
-            else:
-                self._mod_revisions.pop(event.key, None)
-
-    def difference(self, listing: Listing) -> Batch:
-        """The puts and deletes that lead from here to ``listing``, deletes first.
-
-        Compared for equality, not order: after a restore from a backup revisions start again
-        lower, and what is there then is the truth all the same.
-        """
-        there = {kv.key for kv in listing.kvs}
-        gone: list[Event] = [
-            Delete(key, listing.revision) for key in sorted(self._mod_revisions) if key not in there
-        ]
-        changed = [
-            Put(kv) for kv in listing.kvs if self._mod_revisions.get(kv.key) != kv.mod_revision
-        ]
-        return Batch(listing.revision, (*gone, *changed))
 
 
 async def watch(
