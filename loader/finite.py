@@ -65,12 +65,13 @@ def as_floats(array: Array) -> Array | None:
 
 
 def _is_finite(chunk: Array) -> Array:
-    if chunk.dtype == np.uint16:  # all exponent bits set
-        return np.not_equal(chunk & 0x7F80, 0x7F80)
-    return np.isfinite(chunk)
+    if chunk.dtype == np.uint16:  # not all exponent bits set
+        finite: Array = (chunk & 0x7F80) != 0x7F80
+    else:
+        finite = np.isfinite(chunk)
+    return finite
 
 
 def _is_nan(bad: Array) -> Array:
-    if bad.dtype == np.uint16:
-        return np.not_equal(bad & 0x7F, 0)
-    return np.isnan(bad)
+    nan: Array = (bad & 0x7F) != 0 if bad.dtype == np.uint16 else np.isnan(bad)
+    return nan
