@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from loader import wire
 from loader.arena import ArenaFull, OutOfBounds, Slot
 from loader.errors import LoadFailed, NotAdmitted, PredictorFault, WorkerDied
+from loader.fault_tables import FaultClass
 from loader.recipe import Recipe
 from loader.wire import Body, Failure, Loaded, Nonsense, Warmed
 from registry.errors import Bug
@@ -28,6 +29,8 @@ ORPHAN = "ORPHAN"
 
 _CAUSE_WAIT_S = 2.0
 """How long after the end of its socket a process may take to be reaped (a core dump is over)."""
+
+_FAULT_CLASSES = frozenset(FaultClass)
 
 Outcome = Inference | Exception
 OnDone = Callable[[Outcome], None]
@@ -73,6 +76,7 @@ class Worker:
         self._last_id = 0
         self._blame: str | None = None
         self._is_open = True
+        self._is_closing = False
         self._ending: asyncio.Task[None] | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._loop.add_reader(sock.fileno(), self._readable)
@@ -88,7 +92,8 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._is_open
+        """Whether it takes requests: neither ended nor about to be."""
+        return self._is_open and self._blame is None and not self._is_closing
 
     # --- phases ---------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class Worker:
             was free to begin with it.
         Raises `BadInput` when the tensors do not fit into an arena or cannot travel, `WorkerDied`.
         """
-        if not self._is_open:
+        if not self.is_alive:
             raise WorkerDied(self.died.result() if self.died.done() else self._blame or "SIGKILL")
         if not self._free:
             raise Bug("no free slot")
@@ -325,6 +330,7 @@ class Worker:
 
         Afterwards nothing of it is left in the front: no descriptor, no memory.
         """
+        self._is_closing = True
         if self._is_open:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
@@ -342,6 +348,9 @@ def _phase_error(failure: Failure) -> Exception:
 
 
 def _run_error(failure: Failure) -> Exception:
+    """Raises `Nonsense` for a class that does not exist."""
+    if failure.fault_class not in _FAULT_CLASSES:
+        raise Nonsense(f"fault class {failure.fault_class!r:.80}")
     if failure.fault_class == "request":
         return BadInput(failure.message)
     return PredictorFault(failure.message, code=failure.code, fault_class=failure.fault_class)

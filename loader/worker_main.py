@@ -25,6 +25,7 @@ from paddle.base import core
 from loader import wire
 from loader.arena import ArenaFull, Placed, Slot
 from loader.errors import LoaderError, LoadFailed, NotAdmitted
+from loader.model_files import choose_in
 from loader.program import read_program
 from loader.recipe import Recipe
 from loader.worker_options import Settings, settings_of
@@ -49,7 +50,11 @@ class Predictor:
     """Paddle's predictor with the names and dtypes of the program's signature."""
 
     def __init__(self, folder: Path, settings: Settings, signature: Signature) -> None:
+        """Raises `LoadFailed`, or what Paddle raises."""
         self.signature = signature
+        for spec in signature.inputs:
+            if spec.dtype not in SHARED_DTYPES | COPIED_DTYPES:
+                raise LoadFailed(f"input {spec.name!r}: Paddle takes no {spec.dtype} input")
         self._native = _create(folder, settings)
         self._inputs = dict(
             zip(
@@ -204,7 +209,7 @@ class WorkerProcess:
         folder = Path(message["folder"])
         settings = settings_of(recipe)
         if self._signature is None:  # a replacement: the files were checked before
-            self._signature = read_program(program_file(folder)).signature
+            self._signature = read_program(folder / choose_in(folder).program).signature
         started_s = time.perf_counter()
         self._predictor = Predictor(folder, settings, self._signature)
         return {
@@ -233,7 +238,7 @@ class WorkerProcess:
                 check_outputs_finite(self._predictor.run(feeds))
                 runs += 1
         if message["golden"] is not None:
-            golden = load_golden(Path(message["golden"]))
+            golden = load_golden(Path(message["golden"]), signature)
             runs += 1
             check_golden(golden, self._predictor.run(golden.inputs), recipe)
         return {"warm_s": time.perf_counter() - started_s, "runs": runs}
@@ -241,8 +246,8 @@ class WorkerProcess:
 
 def _create(folder: Path, settings: Settings) -> Any:
     """Raises `LoadFailed`, or what Paddle raises."""
-    program, params = program_file(folder), params_file(folder)
-    config = paddle_inference.Config(str(program), str(params))
+    files = choose_in(folder)
+    config = paddle_inference.Config(str(folder / files.program), str(folder / files.wanted_params))
     config.disable_glog_info()
     if settings.gpu is None:
         config.disable_gpu()
@@ -276,22 +281,6 @@ def _create(folder: Path, settings: Settings) -> Any:
 
 
 _GPU_PRECISION = {"fp32": "Float32", "fp16": "Half", "bf16": "Bfloat16", "int8": "Int8"}
-
-
-def program_file(folder: Path) -> Path:
-    return _only(folder, ".json", ".pdmodel")
-
-
-def params_file(folder: Path) -> Path:
-    return _only(folder, ".pdiparams")
-
-
-def _only(folder: Path, *suffixes: str) -> Path:
-    found = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise LoadFailed(f"want one file *{' or *'.join(suffixes)}, found {names}")
-    return found[0]
 
 
 def _carried(array: Array, dtype: str) -> Array:
