@@ -42,16 +42,6 @@ class Document:
         """The value at ``path``; ``None`` when the document has none there."""
         return self._walk(path)[0]
 
-    def get(self, path: Path) -> Any:
-        """The plain value at ``path``; ``None`` when the document has none there."""
-        found: Any = self.value
-        for part in path:
-            try:
-                found = found[part]
-            except (KeyError, IndexError, TypeError):
-                return None
-        return found
-
     def line(self, path: Path) -> int:
         """Where ``path`` is written; for a field that is missing, where its parent is."""
         return self._walk(path)[1]

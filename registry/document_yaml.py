@@ -139,11 +139,12 @@ def _build(events: Iterable[Any]) -> Node:
                     anchors[opened.anchor] = done
                     open_anchors.discard(opened.anchor)
             case yaml.AliasEvent():
-                if event.anchor in open_anchors:
-                    raise _refuse(line, f"*{shorten(event.anchor)} stands inside itself")
-                if event.anchor not in anchors:
-                    raise _refuse(line, f"no &{shorten(event.anchor)} before this *alias")
-                done = anchors[event.anchor]
+                name = str(event.anchor)
+                if name in open_anchors:
+                    raise _refuse(line, f"*{shorten(name)} stands inside itself")
+                if name not in anchors:
+                    raise _refuse(line, f"no &{shorten(name)} before this *alias")
+                done = anchors[name]
                 nodes += done.size
                 if len(stack) + done.height > MAX_DEPTH:
                     raise _refuse(line, f"nested too deeply (more than {MAX_DEPTH} levels)")

@@ -7,6 +7,7 @@ only" is a comparison. Read tolerantly: unknown fields are ignored, missing ones
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Self
@@ -62,12 +63,16 @@ def _numeric(code: Any) -> Any:
 
 def _sendable(value: Any) -> Any:
     """JSON that every reader takes: a message caught from elsewhere may hold half a surrogate
-    pair, a measurement may be NaN, and neither may cost a node its status."""
+    pair, a measurement may be NaN (it is left out), and neither may cost a node its status."""
     match value:
         case str() if not value.isascii():
             return value.encode("utf-8", "replace").decode("utf-8")
         case dict():
-            return {_sendable(key): _sendable(held) for key, held in value.items()}
+            return {
+                _sendable(key): _sendable(held)
+                for key, held in value.items()
+                if not (isinstance(held, float) and not math.isfinite(held))
+            }
         case list() | tuple():
             return [_sendable(held) for held in value]
         case _:

@@ -7,8 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from registry.document import Document, read
-from registry.document_tree import MAX_ERRORS, ConfigError, FieldError, Path, show, show_path
-from registry.names import ModelName, Version
+from registry.document_tree import (
+    MAX_ERRORS,
+    ConfigError,
+    FieldError,
+    Path,
+    Scalar,
+    Sequence,
+    shorten,
+    show_path,
+)
+from registry.names import ModelName, Version, is_model_name, is_version
 from registry.spec_errors import explain
 from registry.spec_rules import (
     HeaderRule,
@@ -243,48 +252,46 @@ def parse_model(text: bytes | str, *, name: ModelName | None) -> ModelDocument:
         parsed = ModelDocument.model_validate(document.value, by_alias=True, by_name=False)
     except ValidationError as exc:
         errors += explain(exc, document, ModelDocument)
-    errors += _across(document, name)
+    at_fault = {error.path for error in errors}
+    errors += [error for error in _across(document, name) if error.path not in at_fault]
     if errors or parsed is None:
         raise ConfigError(_in_order(errors))
     return parsed
 
 
 def _across(document: Document, name: ModelName | None) -> list[FieldError]:
-    """What no field shows alone. Looks at raw values, so that other errors don't hide these."""
+    """What no field shows alone.
+
+    Looks at what is written, quoted or not, so that other errors neither hide these nor make
+    them up: with ``version: 1`` the one error is the missing quotes, not that "1" is not listed.
+    """
     errors: list[FieldError] = []
 
+    def written(*path: str | int) -> str:
+        node = document.node(path)
+        return node.raw if isinstance(node, Scalar) else ""
+
     def refuse(path: Path, message: str) -> None:
-        if path not in document.bad_paths:
-            errors.append(FieldError(show_path(path), document.line(path), message))
+        errors.append(FieldError(show_path(path), document.line(path), message))
 
-    def text(path: Path) -> str | None:
-        found: Any = document.get(path)
-        return found if isinstance(found, str) else None
+    own = written("metadata", "name")
+    if name is not None and is_model_name(own) and own != name:
+        refuse(("metadata", "name"), f"want {name!r}, the last part of the key, got {own!r}")
 
-    written = text(("metadata", "name"))
-    if name is not None and written is not None and written != name:
-        got = show(document.node(("metadata", "name")))
-        refuse(("metadata", "name"), f"want {name!r}, the last part of the key, got {got}")
-
-    versions = document.get(("spec", "versions"))
-    if not isinstance(versions, tuple) or not versions:
-        return errors
-    first_at: dict[str, int] = {}
-    for at in range(len(versions)):
-        listed = text(("spec", "versions", at, "version"))
-        if listed is None:
-            continue
+    first_at: dict[str, Path] = {}
+    versions = document.node(("spec", "versions"))
+    for at in range(len(versions.items) if isinstance(versions, Sequence) else 0):
+        path: Path = ("spec", "versions", at, "version")
+        listed = written(*path)
         if listed in first_at:
-            where = show_path(("spec", "versions", first_at[listed], "version"))
-            got = show(document.node(("spec", "versions", at, "version")))
-            refuse(("spec", "versions", at, "version"), f"{got} is listed already, in {where}")
-        first_at.setdefault(listed, at)
+            refuse(path, f"{shorten(listed)!r} is listed already, in {show_path(first_at[listed])}")
+        elif listed:
+            first_at[listed] = path
+    known = ", ".join(list(first_at)[:5]) + (", ..." if len(first_at) > 5 else "")
     for path in (("spec", "live"), ("spec", "canary", "version")):
-        wanted = text(path)
-        if wanted is not None and wanted not in first_at:
-            known = ", ".join(list(first_at)[:5]) + (", ..." if len(first_at) > 5 else "")
-            got = show(document.node(path))
-            refuse(path, f"want a version listed under spec.versions ({known}), got {got}")
+        aspired = written(*path)
+        if first_at and is_version(aspired) and aspired not in first_at:
+            refuse(path, f"want a version listed under spec.versions ({known}), got {aspired!r}")
     return errors
 
 

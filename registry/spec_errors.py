@@ -9,7 +9,17 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from registry.document import Document
-from registry.document_tree import FieldError, Mapping, Path, Scalar, shorten, show, show_path
+from registry.document_tree import (
+    FieldError,
+    Mapping,
+    Node,
+    Path,
+    Scalar,
+    Sequence,
+    shorten,
+    show,
+    show_path,
+)
 
 _COLLECTIONS = {
     "dict_type": "a mapping",
@@ -31,11 +41,19 @@ def explain(exc: ValidationError, document: Document, root: type[BaseModel]) -> 
         raw_path: tuple[str | int, ...] = found["loc"]
         is_key = raw_path[-1:] == ("[key]",)
         path: Path = raw_path[:-1] if is_key else raw_path
-        if path in document.bad_paths:
+        if path in document.bad_paths or _is_echo(found["type"], document.node(path)):
             continue
         message = _message(found["type"], found.get("ctx", {}), path, is_key, document, root)
         errors.append(FieldError(show_path(path), document.line(path), message))
     return errors
+
+
+def _is_echo(kind: str, node: Node | None) -> bool:
+    """Whether the error only repeats another: a default made from a field that is wrong itself,
+    or a list said to be too short because its entries are wrong."""
+    if kind == "default_factory_not_called":
+        return True
+    return kind == "too_short" and isinstance(node, Sequence) and bool(node.items)
 
 
 def _message(
@@ -59,7 +77,7 @@ def _message(
     return f"want {want}, got {show(node)}{_hint(want, node)}"
 
 
-def _hint(want: str, node: Any) -> str:
+def _hint(want: str, node: Node | None) -> str:
     """The usual slip: quotes where none belong, or none where they do."""
     if not isinstance(node, Scalar):
         return ""
