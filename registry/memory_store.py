@@ -39,6 +39,9 @@ from registry.store import (
 
 T = TypeVar("T")
 
+MAX_REQUEST_BYTES = 1536 * 1024
+"""etcd's default for --max-request-bytes."""
+
 Fate = Literal["applied", "lost"]
 """What really happened to a write whose answer was lost."""
 
@@ -78,6 +81,8 @@ class MemoryCluster:
         written = [op.key for op in ops if not isinstance(op, GetOp)]
         if any(times > 1 for times in Counter(written).values()):
             raise StoreRefused("Txn: duplicate key given in txn request")
+        if sum(len(op.value) for op in ops if isinstance(op, PutOp)) > MAX_REQUEST_BYTES:
+            raise StoreRefused("request is too large")
         for op in ops:
             if isinstance(op, PutOp) and op.lease and op.lease not in self._leases:
                 raise LeaseNotFound("requested lease not found")

@@ -101,6 +101,10 @@ class EtcdStore:
     def watch_prefix(self, prefix: str, *, known: Listing | None = None) -> AsyncIterator[Batch]:
         return watch(self._link, self.list_prefix, prefix, known)
 
+    def leave_member(self) -> None:
+        """Go on with the next member, watches too. For an operator about to take one away."""
+        self._link.members.rotate(self._link.members.current)
+
     async def compact(self, revision: Revision) -> None:
         """Make etcd forget what was before ``revision``. For tests and maintenance."""
         await self._link.write(wire.COMPACT, pb.CompactionRequest(revision=revision))

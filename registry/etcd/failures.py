@@ -42,6 +42,9 @@ _BEFORE_RAFT = (
     "raft proposal dropped",
 )
 
+_FULL = ("database space exceeded", "message larger than max")
+"""Final although they come as RESOURCE_EXHAUSTED: the quota, and the server's message limit."""
+
 # The last: an auth change came between the check of our token and the application.
 _STALE_TOKEN = ("invalid auth token", "user name is empty", "revision of auth store is old")
 
@@ -65,7 +68,7 @@ def verdict(error: grpc.aio.AioRpcError) -> Verdict:
         return Verdict.STALE_TOKEN
     if any(text in details for text in _BEFORE_RAFT):
         return Verdict.NOT_DONE
-    if error.code() is _Code.RESOURCE_EXHAUSTED and "database space exceeded" in details:
+    if any(text in details for text in _FULL):
         return Verdict.FINAL
     return Verdict.UNKNOWN if error.code() in _UNKNOWN else Verdict.FINAL
 
