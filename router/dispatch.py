@@ -18,6 +18,7 @@ from registry.inference import (
     Predictor,
     ServableFailed,
 )
+from registry.names import ServableId
 from router.serving import Serving
 from router.table import CANARY, PINNED, STABLE, STANDBY, Choice, Route
 
@@ -71,13 +72,15 @@ def _second_choice(serving: Serving, route: Route, choice: Choice, failed: Predi
     A pinned request stays with the version it asked for. Another version is only asked when it
     takes and returns the same tensors.
     """
-    if choice.kind != PINNED:
-        for servable, kind in ((route.standby, STANDBY), (route.live, STABLE)):
-            if servable is None or servable == choice.servable:
-                continue
-            # A failing canary is the stable version's to replace, if there is no older one.
-            if kind == STABLE and choice.kind not in (CANARY, STANDBY):
-                continue
-            if serving.predictors[servable].signature == failed.signature:
-                return Choice(servable, kind, choice.rule, choice.bucket)
+    candidates: tuple[tuple[ServableId | None, str], ...] = ((route.standby, STANDBY),)
+    if choice.kind == PINNED:
+        return choice
+    if choice.kind == CANARY:
+        # What a failing canary would have replaced answers for it, before anything older does.
+        candidates = ((route.live, STABLE), *candidates)
+    for servable, kind in candidates:
+        if servable is None or servable == choice.servable:
+            continue
+        if serving.predictors[servable].signature == failed.signature:
+            return Choice(servable, kind, choice.rule, choice.bucket)
     return choice

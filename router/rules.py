@@ -7,7 +7,7 @@ order written (SPEC section 3). No clock and no dice here: chance comes in as a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ Headers = Mapping[str, str]
 """Looked up by lower-case names: a case-insensitive mapping, or one with lower-case keys."""
 
 
-class Match(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Match:
     """The rule that took a request."""
 
     kind: str

@@ -17,6 +17,7 @@ from router.rules import CompiledRules, Headers, Match
 
 STABLE, CANARY, PINNED, STANDBY = "stable", "canary", "pinned", "standby"
 
+NO_REVISION = Revision(0)
 _NO_HEADERS: Mapping[str, str] = {}
 
 
@@ -56,7 +57,7 @@ class Route:
     """The version before, still loaded and warm."""
     canary: ServableId | None = None
     rules: CompiledRules | None = None
-    revision: Revision = Revision(0)
+    revision: Revision = NO_REVISION
     """Of the document in force: ``X-Config-Revision``."""
     required: bool = True
     """Whether this node is unready without it."""
@@ -150,7 +151,7 @@ class Route:
 class RouteTable:
     """All routes of a node as of one moment."""
 
-    revision: Revision = Revision(0)
+    revision: Revision = NO_REVISION
     """The newest document revision that went into it."""
     models: Mapping[ModelName, Route] = field(default_factory=dict[ModelName, Route])
 

@@ -137,9 +137,9 @@ def _from_flat(flat: list[Any], spec: TensorSpec) -> Array:
         _only(types, {bool}, spec)
         return np.array(flat, dtype=np.bool_)
     if dtype == "bytes":
-        _only(types, {str}, spec)
+        _only(types, {str, bytes}, spec)
         out = np.empty(len(flat), dtype=np.object_)
-        out[:] = [cast("str", item).encode() for item in flat]
+        out[:] = [item.encode() if isinstance(item, str) else item for item in flat]
         return out
     _only(types, {int}, spec)
     low, high = _INT_RANGE[dtype]

@@ -1,0 +1,212 @@
+"""The hot path: body to tensors, one choice, one inference, tensors to body."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import web
+from multidict import CIMultiDict
+
+from registry.errors import PaddlewheelError
+from registry.inference import Predictor, Signature
+from registry.names import ServableId
+from router import http_errors
+from router.dispatch import Served, dispatch
+from router.http_body import pack, read_body, wanted_packing
+from router.http_errors import CLIENT_CLOSED, JSON, PROBLEM
+from router.http_reply import SERVER
+from router.metrics import Metrics, Series
+from router.protocols.exchange import Answer, Exchange
+from router.serving import Serving
+from router.table import Choice, RequestFacts
+
+log = structlog.get_logger()
+
+Parse = Callable[[bytes, str | None, Signature], Exchange]
+"""A protocol: body, ``Inference-Header-Content-Length`` and signature to an understood request."""
+
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One choice's predictor with what each of its answers needs, made ready once."""
+
+    predictor: Predictor
+    series: Series
+    headers: Mapping[str, str]
+
+
+class Published:
+    """A `Serving` with its targets. Lives as long as the table it was published with."""
+
+    __slots__ = ("_metrics", "_targets", "serving")
+
+    def __init__(self, serving: Serving, metrics: Metrics) -> None:
+        self.serving = serving
+        self._metrics = metrics
+        self._targets: dict[tuple[ServableId, str, str | None], Target] = {}
+
+    def target(self, choice: Choice) -> Target:
+        rule = choice.rule.kind if choice.rule is not None else None
+        key = (choice.servable, choice.kind, rule)
+        target = self._targets.get(key)
+        if target is None:
+            model, version = choice.servable.model, choice.servable.version
+            route = choice.kind if rule is None else f"{choice.kind}; rule={rule}"
+            target = self._targets[key] = Target(
+                self.serving.predictors[choice.servable],
+                self._metrics.series(model, version, choice.kind),
+                {
+                    "Server": SERVER,
+                    "X-Model-Name": model,
+                    "X-Model-Version": version,
+                    "X-Model-Route": route,
+                    "X-Config-Revision": str(self.serving.table.route(model).revision),
+                },
+            )
+        return target
+
+
+class InferEndpoint:
+    """Answers inference requests of every protocol from what was published last."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.published = Published(Serving(), metrics)
+
+    async def __call__(
+        self,
+        request: web.BaseRequest,
+        request_id: str,
+        model: str,
+        parse: Parse,
+        *,
+        version: str | None = None,
+        label: str | None = None,
+    ) -> web.Response:
+        """Answer one request; refused ones too.
+
+        version, label: from the path; without them ``X-Model-Version`` may pin one.
+        Cancelled when the client goes away, which frees its place in the queue.
+        """
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        target: Target | None = None
+        headers = request.headers
+        try:
+            # This look at the table only bounds the upload: how long that takes is up to the
+            # client, and the version it would pin to may be unloaded long before it ends.
+            limits = self.published.serving.table.route(model).limits
+            body = await read_body(request, limits.max_body_mb * 1_000_000)
+
+            # From here on the request knows this one table, and nothing waits until its
+            # inference is in the servable's hands: a drain cannot pass in between.
+            published = self.published
+            serving = published.serving
+            route = serving.table.route(model)
+            if version is None and label is None:
+                version = headers.get("X-Model-Version")
+            choice = route.pick(RequestFacts(model, version, label, headers, None, random.random()))
+            target = published.target(choice)
+            exchange = parse(body, headers.get(_HEADER_LENGTH), target.predictor.signature)
+            del body
+            timeout_s = route.limits.timeout_s
+            if exchange.timeout_s is not None:
+                timeout_s = min(timeout_s, exchange.timeout_s)
+            served = await self._run(serving, choice, target, exchange, began_s + timeout_s)
+            if served.reruns:
+                self._metrics.rerun(model)
+                target = published.target(served.choice)
+            response = await self._answer(request, request_id, exchange, served, target)
+        except asyncio.CancelledError:
+            self._count(target, CLIENT_CLOSED, began_s)
+            raise
+        except PaddlewheelError as exc:
+            response = self._refuse(request, request_id, exc, target)
+        except Exception as exc:
+            log.exception("request_crashed", model=model, request_id=request_id)
+            response = self._refuse(request, request_id, exc, target)
+        self._count(target, response.status, began_s)
+        return response
+
+    async def _run(
+        self,
+        serving: Serving,
+        choice: Choice,
+        target: Target,
+        exchange: Exchange,
+        deadline_s: float,
+    ) -> Served:
+        in_flight = target.series.in_flight
+        in_flight.inc()
+        try:
+            served = await dispatch(serving, choice, exchange.feeds, deadline_s=deadline_s)
+        finally:
+            in_flight.dec()
+        target.series.queue.observe(served.inference.queue_s)
+        return served
+
+    async def _answer(
+        self,
+        request: web.BaseRequest,
+        request_id: str,
+        exchange: Exchange,
+        served: Served,
+        target: Target,
+    ) -> web.Response:
+        predictor, inference = target.predictor, served.inference
+        rendered = exchange.render(
+            Answer(predictor.id.model, predictor.id.version, predictor.signature, inference.outputs)
+        )
+        headers = CIMultiDict(target.headers)
+        headers["X-Request-Id"] = request_id
+        headers["Server-Timing"] = (
+            f"queue;dur={inference.queue_s * 1e3:.3f}, infer;dur={inference.run_s * 1e3:.3f}"
+        )
+        if rendered.header_length is None:
+            headers["Content-Type"] = JSON
+        else:
+            headers["Content-Type"] = "application/octet-stream"
+            headers[_HEADER_LENGTH] = str(rendered.header_length)
+        body = rendered.body
+        coding = wanted_packing(request.headers.get("Accept-Encoding"))
+        if coding is not None:
+            packed = await pack(body, coding)
+            if packed is not None:
+                body = packed
+                headers["Content-Encoding"] = coding
+                headers["Vary"] = "Accept-Encoding"
+        return web.Response(body=body, headers=headers)
+
+    def _refuse(
+        self, request: web.BaseRequest, request_id: str, error: Exception, target: Target | None
+    ) -> web.Response:
+        status = http_errors.status_of(error)
+        as_problem = PROBLEM in request.headers.get("Accept", "")
+        shown = dict(target.headers) if target is not None else {"Server": SERVER}
+        body = http_errors.error_body(
+            error,
+            status,
+            as_problem=as_problem,
+            instance=request.rel_url.raw_path,
+            model=shown.get("X-Model-Name"),
+            version=shown.get("X-Model-Version"),
+            revision=shown.get("X-Config-Revision"),
+        )
+        shown |= http_errors.error_headers(error, status)
+        shown["X-Request-Id"] = request_id
+        shown["Content-Type"] = PROBLEM if as_problem else JSON
+        return web.Response(status=status, body=body, headers=shown)
+
+    def _count(self, target: Target | None, status: int, began_s: float) -> None:
+        if target is None:
+            self._metrics.refused(status)
+            return
+        target.series.count(http_errors.outcome_of(status))
+        if status < 400:
+            target.series.duration.observe(asyncio.get_running_loop().time() - began_s)
