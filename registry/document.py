@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,12 @@ class Document:
         """Where ``path`` is written; for a field that is missing, where its parent is."""
         return self._walk(path)[1]
 
+    def line_of(self, shown: str) -> int | None:
+        """Where the path that is shown as ``spec.versions[0].source`` is written."""
+        if not shown:
+            return None
+        return next((line for path, line in _lines(self.root) if show_path(path) == shown), None)
+
     def _walk(self, path: Path) -> tuple[Node | None, int]:
         node: Node | None = self.root
         line = self.root.line
@@ -62,6 +69,21 @@ class Document:
                 case _:
                     return None, line
         return node, line
+
+
+def _lines(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
+    """Every path in the tree with its line. Recursive: depth is bounded."""
+    match node:
+        case Mapping():
+            for entry in node.entries:
+                yield (*path, entry.key), entry.line
+                yield from _lines(entry.node, (*path, entry.key))
+        case Sequence():
+            for at, item in enumerate(node.items):
+                yield (*path, at), item.line
+                yield from _lines(item, (*path, at))
+        case Scalar():
+            pass
 
 
 def read(text: bytes | str) -> Document:
