@@ -43,3 +43,17 @@ def wait_options(command: Decorated) -> Decorated:
     return click.option(
         "--wait", is_flag=True, help="Wait until every node has it in force, or one refuses it."
     )(command)
+
+
+def file_option(command: Decorated) -> Decorated:
+    """``-f``, several times. Passes ``files``: paths, ``-`` for stdin."""
+    return click.option(
+        "-f",
+        "--file",
+        "files",
+        multiple=True,
+        required=True,
+        type=click.Path(exists=True, allow_dash=True),
+        metavar="FILE|DIR|-",
+        help="Documents, YAML or JSON; a folder with all below it, or - for stdin.",
+    )(command)

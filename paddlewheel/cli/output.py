@@ -80,9 +80,30 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str) -> None:
     """The table on stdout, or the sentence ``empty`` on stderr when there is no row."""
     if rows:
-        console().print(table(headings, rows))
+        show(table(headings, rows))
     else:
         say(empty)
+
+
+def show(made: Table) -> None:
+    """The table on stdout; without the padding at line ends where nobody sees it."""
+    out = console()
+    if out.is_terminal:
+        out.print(made)
+        return
+    with out.capture() as captured:
+        out.print(made)
+    for line in captured.get().splitlines():
+        sys.stdout.write(f"{line.rstrip()}\n")
+    sys.stdout.flush()
+
+
+def print_pairs(rows: Sequence[tuple[str, object]]) -> None:
+    """``name: value`` lines, the values in one column."""
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    out = console()
+    for name, value in rows:
+        out.print(cell(f"{name}:".ljust(width), "bold") + cell(value))
 
 
 def say(text: str, style: str = "") -> None:

@@ -105,7 +105,7 @@ def _slice(text: str, node: yaml.Node) -> str:
 
 def _cut(text: str, mapping: yaml.Node, pair: _Pair) -> tuple[int, int] | None:
     """From where to where a pair of ``mapping`` stands, separators included."""
-    if mapping.flow_style:
+    if isinstance(mapping, yaml.CollectionNode) and mapping.flow_style:
         return _cut_flow(text, mapping, pair)
     key, value = pair
     start = text.rfind("\n", 0, key.start_mark.index) + 1
@@ -144,7 +144,7 @@ def _content_end(node: yaml.Node) -> int:
     return int(node.end_mark.index)
 
 
-def _cut_flow(text: str, mapping: yaml.Node, pair: _Pair) -> tuple[int, int]:
+def _cut_flow(text: str, mapping: yaml.CollectionNode, pair: _Pair) -> tuple[int, int]:
     """In ``{a: 1, canary: {...}, b: 2}`` one comma goes with the pair."""
     key, value = pair
     start, end = int(key.start_mark.index), int(value.end_mark.index)

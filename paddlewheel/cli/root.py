@@ -36,17 +36,19 @@ def _debug_option() -> click.Option:
 
 
 def prepare(command: click.Command) -> click.Command:
-    """Give a command ``--debug`` and variables named after the flag alone.
+    """Give a command ``--debug``, and each flag its variable: ``--lease-ttl`` and
+    ``PADDLEWHEEL_LEASE_TTL``.
 
-    click would name them after the command too (``PADDLEWHEEL_NODE_LISTEN``); one setting has one
-    name in every command.
+    click's own automatic names carry the command's name too (``PADDLEWHEEL_NODE_LISTEN``) and come
+    from the Python parameter rather than the flag; one setting has one name in every command.
     """
-    command.context_settings.setdefault("auto_envvar_prefix", ENV_PREFIX)
     command.context_settings.setdefault("help_option_names", ["-h", "--help"])
-    if any("-h" in (*p.opts, *p.secondary_opts) for p in command.params):
-        command.context_settings["help_option_names"] = ["--help"]
-    if not any("--debug" in p.opts for p in command.params):
+    if not any("--debug" in param.opts for param in command.params):
         command.params.append(_debug_option())
+    for param in command.params:
+        flag = max(param.opts, key=len)
+        if isinstance(param, click.Option) and param.envvar is None and flag.startswith("--"):
+            param.envvar = f"{ENV_PREFIX}_{flag[2:].replace('-', '_').upper()}"
     if isinstance(command, click.Group):
         for below in command.commands.values():
             prepare(below)
@@ -75,9 +77,11 @@ class Root(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as exc:
             close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            if close:
-                exc.message = f"No such command '{args[0]}'. Did you mean '{close[0]}'?"
-            raise
+            if not close:
+                raise
+            raise click.UsageError(
+                f"No such command '{args[0]}'. Did you mean '{close[0]}'?", ctx
+            ) from exc
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         known = set(self.list_commands(ctx))
@@ -117,7 +121,7 @@ def _one_line(exc: BaseException) -> str:
 @click.group(
     cls=Root,
     no_args_is_help=True,
-    context_settings={"auto_envvar_prefix": ENV_PREFIX, "help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(paddlewheel.__version__, message="paddlewheel %(version)s")
 @click.pass_context
@@ -129,4 +133,4 @@ def root(ctx: click.Context) -> None:
     """
 
 
-root.params.append(_debug_option())
+prepare(root)

@@ -1,0 +1,174 @@
+"""What a node's status says about a document: does it have it in force, and if not, why not?
+
+A decision over values: nothing here reads etcd or a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from paddlewheel.cli.fleet_view import Fleet
+from registry.names import ModelName, NodeId, Revision, Version
+from registry.records import Intent, ModelStatus, NodeRecord, ServableStatus
+
+
+class Standing(StrEnum):
+    """Where one node is with one revision of one document."""
+
+    CONVERGED = "converged"
+    """In force, and what serves is what the document means."""
+    UNSEEN = "unseen"
+    """The node has not said a word about it yet."""
+    LOADING = "loading"
+    REFUSED = "refused"
+    """Does not parse, does not validate or is not allowed there: the one before stays in force."""
+    FAILED = "failed"
+    """Accepted, but a version it asks for could not be made ready."""
+    DEVIATES = "deviates"
+    """In force, but something else serves: a version is quarantined, say."""
+
+
+BAD = frozenset({Standing.REFUSED, Standing.FAILED, Standing.DEVIATES})
+"""Standings that waiting does not mend."""
+
+_LOST = frozenset({"FAILED", "QUARANTINED"})
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    standing: Standing
+    detail: str = ""
+    """One line; for `BAD` ones the node's own reason."""
+
+    def __str__(self) -> str:
+        return f"{self.standing}: {self.detail}" if self.detail else str(self.standing)
+
+
+def judge(status: ModelStatus | None, revision: Revision, intent: Intent) -> Verdict:
+    """What ``status`` says about the document ``revision``, which means ``intent``."""
+    if status is None or status.revision is None or status.revision < revision:
+        seen = "nothing" if status is None or status.revision is None else status.revision
+        return Verdict(Standing.UNSEEN, f"has seen {seen}, not {revision}")
+    if not status.accepted:
+        return Verdict(Standing.REFUSED, _refusal(status))
+    if status.applied_revision is None or status.applied_revision < revision:
+        wanted = [version for version in (intent.live, intent.canary) if version is not None]
+        lost = _lost(status.servables, wanted)
+        if lost is not None:
+            return Verdict(Standing.FAILED, lost)
+        return Verdict(Standing.LOADING, _progress(status.servables, wanted))
+    if (status.live, status.canary) != (intent.live, intent.canary):
+        serves = f"serves {status.live or 'nothing'}"
+        if status.canary is not None:
+            serves += f" and canary {status.canary}"
+        if status.reason is None:
+            return Verdict(Standing.LOADING, serves)
+        return Verdict(Standing.DEVIATES, f"{serves}: {status.reason}")
+    return Verdict(Standing.CONVERGED)
+
+
+def _refusal(status: ModelStatus) -> str:
+    if not status.errors:
+        return status.error or "no reason given"
+    return "; ".join(
+        f"{error.path or 'document'}"
+        + (f" (line {error.line})" if error.line is not None else "")
+        + f": {error.message}"
+        for error in status.errors
+    )
+
+
+def _lost(servables: Sequence[ServableStatus], wanted: Sequence[Version]) -> str | None:
+    """The reason of a wanted version of which every servable is lost; ``None`` if there is none.
+
+    A version may have two servables: the same text with other bytes loads beside the old one.
+    """
+    for version in wanted:
+        mine = [servable for servable in servables if servable.version == version]
+        if mine and all(servable.state in _LOST for servable in mine):
+            last = mine[-1]
+            return f"{version} {last.state}: {last.reason or 'no reason given'}"
+    return None
+
+
+def _progress(servables: Sequence[ServableStatus], wanted: Sequence[Version]) -> str:
+    states = [f"{each.version} {each.state}" for each in servables if each.version in wanted]
+    return ", ".join(states)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model in the whole fleet."""
+
+    model: ModelName
+    revision: Revision | None
+    """Of the document; ``None`` when it was deleted and nodes still drain it."""
+    problem: str | None
+    """Why the document does not parse."""
+    intent: Intent
+    statuses: tuple[ModelStatus, ...]
+    verdicts: Mapping[NodeId, Verdict]
+    """Of the nodes that must have it: registered, not draining, with the labels it asks for."""
+    quarantine: tuple[dict[str, Any], ...]
+
+    @property
+    def converged(self) -> bool:
+        """Every node has it in force and serves what it means; false where there is no node."""
+        return (
+            self.revision is not None
+            and bool(self.verdicts)
+            and all(each.standing is Standing.CONVERGED for each in self.verdicts.values())
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """SPEC section 7, with ``verdicts`` and ``error`` added."""
+        return {
+            "model": self.model,
+            "document_revision": self.revision,
+            "error": self.problem,
+            "intent": self.intent.to_dict(),
+            "nodes": [status.to_dict() for status in self.statuses],
+            "verdicts": {
+                node: {"standing": str(verdict.standing), "detail": verdict.detail}
+                for node, verdict in self.verdicts.items()
+            },
+            "quarantine": list(self.quarantine),
+            "converged": self.converged,
+        }
+
+
+def view(fleet: Fleet, model: ModelName, revision: Revision | None = None) -> ModelView:
+    """``model`` as the fleet has it, judged against ``revision`` or the document's own."""
+    document = fleet.documents.get(model)
+    goal = revision if revision is not None or document is None else document.revision
+    intent = Intent() if document is None else document.intent
+    labels = {} if document is None else document.labels
+    statuses = tuple(
+        status for (name, _), status in sorted(fleet.statuses.items()) if name == model
+    )
+    verdicts = {
+        node.id: judge(fleet.statuses.get((model, node.id)), goal, intent)
+        for node in sorted(fleet.nodes.values(), key=lambda each: each.id)
+        if goal is not None and _must_have(node, labels)
+    }
+    quarantine = tuple(
+        {"version": version, **record.to_dict()}
+        for (name, version), record in sorted(fleet.quarantines.items())
+        if name == model
+    )
+    return ModelView(
+        model=model,
+        revision=None if document is None else document.revision,
+        problem=None if document is None else document.problem,
+        intent=intent,
+        statuses=statuses,
+        verdicts=verdicts,
+        quarantine=quarantine,
+    )
+
+
+def _must_have(node: NodeRecord, labels: Mapping[str, str]) -> bool:
+    return not node.draining and all(node.labels.get(key) == labels[key] for key in labels)
