@@ -142,7 +142,7 @@ def parse_placed(items: Sequence[Any]) -> tuple[Placed, ...]:
         if not isinstance(item, list) or len(item) != 4:
             raise Nonsense("tensor: want [name, dtype, shape, offset]")
         name, dtype, shape, offset = item
-        if not isinstance(name, str) or dtype not in WIRE_DTYPES:
+        if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in WIRE_DTYPES:
             raise Nonsense(f"tensor: name {name!r}, dtype {dtype!r}")
         if type(offset) is not int or offset < 0 or offset % ALIGN_BYTES:
             raise Nonsense(f"tensor {name}: offset {offset!r}")
@@ -251,7 +251,7 @@ def _specs(items: list[Any]) -> tuple[TensorSpec, ...]:
         if not isinstance(item, list) or len(item) != 3:
             raise Nonsense("signature: want [name, dtype, shape]")
         name, dtype, shape = item
-        if not isinstance(name, str) or dtype not in DTYPES:
+        if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES:
             raise Nonsense(f"signature: name {name!r:.80}, dtype {dtype!r:.80}")
         specs.append(TensorSpec(name, dtype, _shape(shape, least=-1)))
     return tuple(specs)

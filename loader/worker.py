@@ -206,7 +206,9 @@ class Worker:
             raise BadInput(str(exc)) from exc
         started_s = 0.0 if self._runs else self._loop.time()
         self._runs.append((self._last_id, _Run(slot, index, on_done, hang_s, started_s)))
-        if self._watchdog is None:
+        if self._watchdog is None or self._watchdog.when() > self._loop.time() + hang_s:
+            if self._watchdog is not None:
+                self._watchdog.cancel()
             self._watchdog = self._loop.call_later(hang_s, self._watch)
         self._send_bytes(data)
 

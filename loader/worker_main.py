@@ -25,11 +25,12 @@ from paddle.base import core
 from loader import wire
 from loader.arena import ArenaFull, Placed, Slot
 from loader.errors import LoaderError, LoadFailed, NotAdmitted
+from loader.feeds import check_feeds
 from loader.model_files import choose_in
 from loader.program import read_program
 from loader.recipe import Recipe
 from loader.worker_options import Settings, settings_of
-from registry.inference import Array, Signature
+from registry.inference import Array, BadInput, Signature
 
 SHARED_DTYPES = frozenset({"bool", "int32", "int64", "float16", "bfloat16", "float32", "float64"})
 """What `share_external_data` takes in 3.3.1; uint8 and int8 go through `copy_from_cpu`, and an
@@ -71,8 +72,10 @@ class Predictor:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. The feeds must stay as they are until the next `run`: nothing is copied.
 
-        Raises what Paddle raises, and `KeyError` for an input without a feed.
+        Raises `BadInput`, or what Paddle raises. Paddle itself would read a shared array of
+        another dtype without a word.
         """
+        check_feeds(self.signature, feeds)
         fed: list[Any] = []
         for spec in self.signature.inputs:
             array, handle = feeds[spec.name], self._inputs[spec.name]
@@ -293,6 +296,8 @@ def _carried(array: Array, dtype: str) -> Array:
 def _fault_of(exc: Exception) -> wire.Failure:
     from loader.faults import classify
 
+    if isinstance(exc, BadInput):
+        return wire.Failure("fault", "InvalidArgument", "request", str(exc))
     if isinstance(exc, ArenaFull):
         return wire.Failure("fault", "-101", "memory", str(exc))
     fault = classify(type(exc).__name__, str(exc))

@@ -111,12 +111,16 @@ def _die_with(parent_pid: int) -> None:
         os._exit(0)
 
 
-def main() -> None:
-    _die_with(int(sys.argv[2]))
-    # The front decides when a worker ends (it drains first); a signal to the whole group, as
-    # systemd and terminals send it, must not.
+def _ignore_interrupts() -> None:
+    """The front decides when a worker ends (it drains first); a signal to the whole group, as
+    systemd and terminals send it, must not."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def main() -> None:
+    _die_with(int(sys.argv[2]))
+    _ignore_interrupts()
     os.dup2(2, 1)  # stdout is the front's alone
     _libc.prctl(_PR_SET_NAME, b"pw-zygote", 0, 0, 0)
     sock = socket.socket(fileno=int(sys.argv[1]))
@@ -126,6 +130,7 @@ def main() -> None:
     from loader import worker_main
 
     worker_main.prepare()
+    _ignore_interrupts()  # again: Paddle set its own handlers, and took them off
     gc.collect()
     gc.freeze()  # the collector of a worker leaves these pages alone, so they stay shared
     zygote = ZygoteProcess(sock)
