@@ -30,6 +30,9 @@ from registry.store import (
 
 log = structlog.get_logger("registry.session")
 
+_CLOCK_STEP_S = 0.001
+"""uvloop's clock counts milliseconds: what is nearer than one cannot be waited for."""
+
 
 @dataclass(slots=True)
 class Counters:
@@ -79,6 +82,8 @@ class Session:
         self._lease = 0
         self._expires_s = 0.0
         """By our clock: the start of the last successful renewal + TTL. etcd's own is later."""
+        self._failing: set[str] = set()
+        """What was logged as failing and has not succeeded since."""
         self._lost = asyncio.Event()
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
@@ -191,6 +196,7 @@ class Session:
             return False
         self._lease, self._expires_s = lease, started_s + self._ttl_s
         self.counters.grants += 1
+        self._failing.clear()
         log.info("lease_granted", lease=f"{lease:x}", ttl_s=self._ttl_s)
         self._stir()
         return True
@@ -201,7 +207,7 @@ class Session:
         # No later than the lease itself: by then it has to be given up and asked for anew.
         patience_s = min(self._ttl_s / 3, self._expires_s - started_s)
         try:
-            if patience_s <= 0:
+            if patience_s <= _CLOCK_STEP_S:
                 raise LeaseNotFound("no renewal within the TTL, by our clock")
             async with asyncio.timeout(patience_s):
                 await self._store.lease_keepalive(self._lease)
@@ -210,10 +216,11 @@ class Session:
             return False
         except (StoreError, TimeoutError) as exc:
             self._failed("lease_not_renewed", exc)
-            if self._clock_s() >= self._expires_s:
+            if self._clock_s() >= self._expires_s - _CLOCK_STEP_S:
                 self._lose("no renewal within the TTL, by our clock")
             return False
         self._expires_s = started_s + self._ttl_s
+        self._failing.discard("lease_not_renewed")
         return True
 
     async def _check_keys(self) -> None:
@@ -296,6 +303,7 @@ class Session:
             return False
         if done.succeeded:
             self.counters.writes += 1
+            self._failing.discard("key_not_written")
             if value is None:
                 self._forget(key)
             else:
@@ -326,7 +334,9 @@ class Session:
 
     def _failed(self, event: str, exc: Exception, **fields: str) -> None:
         self.counters.failures += 1
-        log.info(event, error=repr(exc), **fields)
+        if event not in self._failing:
+            self._failing.add(event)
+            log.info(event, error=repr(exc), **fields)
 
     def _backoff_s(self, failures: int) -> float:
         """Jittered and short: registration has to be back within two seconds of etcd's return."""
