@@ -52,13 +52,15 @@ class Loading:
     """Books the memory, or raises `NotAdmitted` with the numbers."""
     on_phase: Callable[[str, float], None]
     """Told the name and length (s) of each phase as it ends: check, load, warm."""
+    timeout_s: float
+    """For all of `run`, and for each `replacement`."""
 
-    async def run(self, *, deadline_s: float) -> Ready:
-        """deadline_s: the loop's time by which all of it must be done."""
+    async def run(self) -> Ready:
+        """Make all replicas ready."""
         loop = asyncio.get_running_loop()
         workers: list[Worker] = []
         try:
-            async with asyncio.timeout_at(deadline_s):
+            async with asyncio.timeout(self.timeout_s):
                 first = await self.spawn()
                 workers.append(first)
                 started_s = loop.time()
@@ -82,20 +84,23 @@ class Loading:
                 return Ready(tuple(workers), loaded.signature)
         except TimeoutError:
             await end(workers)
-            raise LoadFailed("not ready within the load deadline") from None
+            raise LoadFailed(
+                f"not ready within the load deadline of {self.timeout_s:g} s"
+            ) from None
         except BaseException:
             await end(workers)
             raise
 
     async def replacement(self) -> Worker:
         """One more worker of the same servable; its files were checked before."""
-        worker = await self.spawn()
-        try:
-            await _make_serving(worker, self.folder, self.recipe)
-        except BaseException:
-            await end([worker])
-            raise
-        return worker
+        async with asyncio.timeout(self.timeout_s):
+            worker = await self.spawn()
+            try:
+                await _make_serving(worker, self.folder, self.recipe)
+            except BaseException:
+                await end([worker])
+                raise
+            return worker
 
     def _check_signature(self, signature: Signature) -> None:
         if self.predecessor is None:

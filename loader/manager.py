@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -33,6 +34,7 @@ from loader.zygote import Zygote
 from registry.errors import PaddlewheelError
 from registry.inference import Predictor
 from registry.names import Digest, ModelName, Revision, ServableId, Version
+from registry.records import Quarantine
 from registry.spec import ModelDocument
 
 log = structlog.get_logger(__name__)
@@ -54,6 +56,11 @@ class ModelView:
     in_force: InForce
     servables: tuple[Servable, ...]
     reason: str | None
+    swap_s: float
+    """How long the last swap of routing took."""
+    swaps: int
+    reloads: Mapping[str, int]
+    """``ready`` and ``failed``: servables made ready, or not."""
 
     def predictors(self) -> Mapping[ServableId, Predictor]:
         return {s.id: s.pool for s in self.servables if s.is_loaded and s.pool is not None}
@@ -70,21 +77,21 @@ class _Model:
     servables: dict[ServableId, Servable] = field(default_factory=dict[ServableId, Servable])
     orders: dict[ServableId, Order] = field(default_factory=dict[ServableId, Order])
     fetched: dict[ServableId, Fetched] = field(default_factory=dict[ServableId, Fetched])
-    quarantined: Mapping[Version, Digest | None] = field(
-        default_factory=dict[Version, Digest | None]
+    quarantined: Mapping[Version, Quarantine] = field(
+        default_factory=dict[Version, Quarantine]
     )
-    """Versions that the fleet took out, with the bytes that were meant where known."""
+    """Versions that the fleet took out."""
     fallback: ServableId | None = None
     retry_at_s: dict[ServableId, float] = field(default_factory=dict[ServableId, float])
     attempts: dict[ServableId, int] = field(default_factory=dict[ServableId, int])
     swap_s: float = 0.0
+    swaps: int = 0
+    reloads: Counter[str] = field(default_factory=Counter[str])
     reason: str | None = None
 
     def is_quarantined(self, id: ServableId) -> bool:
-        if id.version not in self.quarantined:
-            return False
-        digest = self.quarantined[id.version]
-        return digest is None or digest == id.digest
+        quarantine = self.quarantined.get(id.version)
+        return quarantine is not None and quarantine.digest in (None, id.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +142,7 @@ class Manager:
         """Make ``document`` what this node works towards. A newer one replaces an older one."""
         name = document.metadata.name
         model = self._models.setdefault(name, _Model(name))
-        if model.aspired_revision is not None and revision <= model.aspired_revision:
+        if revision == model.aspired_revision and document == model.aspired:
             return
         model.aspired, model.aspired_revision = document, revision
         model.aspiration, orders = aspire(document, revision)
@@ -146,6 +153,7 @@ class Manager:
             if servable.pool is not None:
                 limits = document.spec.limits
                 servable.pool.configure(queue=limits.queue, hang_s=limits.hang_s)
+        self._publish(self._view(model))
         self._touch(name)
 
     def forget_model(self, name: ModelName) -> None:
@@ -156,7 +164,7 @@ class Manager:
             self._touch(name)
 
     def set_quarantined(
-        self, name: ModelName, quarantined: Mapping[Version, Digest | None]
+        self, name: ModelName, quarantined: Mapping[Version, Quarantine]
     ) -> None:
         """Which versions of ``name`` must not serve, whatever the document says."""
         model = self._models.setdefault(name, _Model(name))
@@ -200,6 +208,9 @@ class Manager:
             in_force=model.in_force,
             servables=tuple(model.servables.values()),
             reason=model.reason,
+            swap_s=model.swap_s,
+            swaps=model.swaps,
+            reloads=model.reloads,
         )
 
     # --- the loop -----------------------------------------------------------------------------
@@ -311,6 +322,7 @@ class Manager:
                 if role is not servable.state:
                     servable.move(role)
         self._publish(self._view(model))
+        model.swaps += 1
         model.swap_s = asyncio.get_running_loop().time() - started_s
         log.info(
             "route_swapped",
@@ -328,8 +340,7 @@ class Manager:
         servable = Servable(id, order.recipe)
         model.servables[id] = servable
         if model.is_quarantined(id):
-            servable.state = State.QUARANTINED
-            servable.reason = "quarantined by the fleet"
+            servable.move(State.QUARANTINED, model.quarantined[id.version].reason)
             return
         servable.attempts = model.attempts.get(id, 0) + 1
         servable.move(State.FETCHING)
@@ -340,8 +351,8 @@ class Manager:
         )
         self._start(servable, work)
 
-    def _start(self, servable: Servable, work: object) -> None:
-        task = asyncio.create_task(work, name=f"servable {servable.id}")  # type: ignore[arg-type]
+    def _start(self, servable: Servable, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name=f"servable {servable.id}")
         servable.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -380,9 +391,11 @@ class Manager:
         self._touch(model.name)
 
     async def _make_ready(self, model: _Model, servable: Servable, order: Order) -> None:
-        loop = asyncio.get_running_loop()
         recipe, fetched = order.recipe, model.fetched[servable.id]
+        self._repository.lease(fetched.digest)
         try:
+            if not fetched.folder.exists():  # evicted while nobody needed it
+                fetched = await self._repository.fetch(recipe.source, sha256=recipe.sha256)
             golden: Path | None = None
             if recipe.golden is not None:
                 golden = await self._repository.fetch_file(recipe.golden)
@@ -398,14 +411,15 @@ class Manager:
                     spawn=self._zygote.spawn,
                     reserve=partial(self._reserve, servable, fetched),
                     on_phase=partial(self._phase_ended, model, servable),
+                    timeout_s=self._settings.load_timeout_s,
                 )
-                ready = await loading.run(deadline_s=loop.time() + self._settings.load_timeout_s)
+                ready = await loading.run()
         except (PaddlewheelError, OSError) as exc:
-            self._devices.release(str(servable.id))
+            self._give_back(servable)
             self._failed(model, servable, exc)
             return
         except BaseException:
-            self._devices.release(str(servable.id))
+            self._give_back(servable)
             raise
         document = model.aspired or model.document
         limits = document.spec.limits if document is not None else None
@@ -421,6 +435,7 @@ class Manager:
         )
         servable.loaded_at = datetime.now(UTC)
         servable.move(State.READY)
+        model.reloads["ready"] += 1
         log.info("servable_ready", servable=str(servable.id), **servable.phases_ms)
         self._publish(self._view(model))
         self._touch(model.name)
@@ -451,6 +466,7 @@ class Manager:
     def _failed(self, model: _Model, servable: Servable, error: Exception) -> None:
         reason = str(error) or repr(error)
         servable.move(State.FAILED, reason)
+        model.reloads["failed"] += 1
         may_heal = isinstance(error, WorkerDied | OSError) or (
             isinstance(error, FetchFailed) and error.retryable
         )
@@ -490,8 +506,7 @@ class Manager:
         async def end() -> None:
             if pool is not None:
                 await pool.close()
-            self._devices.release(str(servable.id))
-            self._repository.release(servable.id.digest)
+            self._give_back(servable)
             log.info("servable_unloaded", servable=str(servable.id))
             self._touch_if_known(model.name)
 
@@ -502,7 +517,8 @@ class Manager:
             self._touch(name)
 
     def _fault(
-        self, model: _Model, servable: Servable, code: str, fault_class: str, message: str
+        self, model: _Model, servable: Servable, code: str, fault_class: str, message: str,
+        pid: int,
     ) -> None:
         servable.errors[code] += 1
         log.warning(
@@ -511,11 +527,12 @@ class Manager:
             code=code,
             fault_class=fault_class,
             message=message,
+            pid=pid,
         )
         self._touch_if_known(model.name)
 
     def _quarantine(self, model: _Model, servable: Servable) -> None:
-        servable.move(State.QUARANTINED, "quarantined by the fleet")
+        servable.move(State.QUARANTINED, model.quarantined[servable.id.version].reason)
         if servable.pool is not None:
             servable.pool.retire()
         self._reconcile(model.name)
@@ -524,9 +541,14 @@ class Manager:
         async def end() -> None:
             if pool is not None:
                 await pool.close()
-            self._devices.release(str(servable.id))
+            self._give_back(servable)
 
         self._start(servable, end())
+
+    def _give_back(self, servable: Servable) -> None:
+        """Its memory and its files may go to others."""
+        self._devices.release(str(servable.id))
+        self._repository.release(servable.id.digest)
 
 
 def _resolved(aspiration: Aspiration, pending: ServableId, id: ServableId) -> Aspiration:

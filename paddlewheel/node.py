@@ -1,0 +1,256 @@
+"""One node: the front process, wired. It never imports paddle (docs/architecture.md).
+
+Order at start: HTTP listens and the ready line is printed; then the snapshot, the zygote and etcd,
+none of which the others wait for. Order at the end: unready, lease gone, drain, workers ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import structlog
+import uvloop
+
+import paddlewheel
+from loader.devices import DevicePool
+from loader.manager import Manager, ManagerSettings, ModelView
+from loader.repository import ModelRepository
+from loader.zygote import Zygote, ZygoteFailed
+from paddlewheel.admission import DocumentAdmission
+from paddlewheel.follower import Follower
+from paddlewheel.logs import configure_logs
+from paddlewheel.readings import readings
+from paddlewheel.report import model_status, servable_status
+from paddlewheel.routes import Routes
+from paddlewheel.settings import NodeSettings
+from registry.etcd import EtcdStore
+from registry.keys import Keys
+from registry.names import ModelName
+from registry.records import Cordon, DeviceRecord, NodeRecord
+from registry.session import Session
+from router.app import App
+from router.metrics import Reading
+from router.ports import Check, Health
+
+log = structlog.get_logger(__name__)
+
+ZYGOTE_RETRY_S = 5.0
+
+
+def run_node(settings: NodeSettings) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status."""
+    configure_logs()
+    return uvloop.run(Node(settings).run())
+
+
+class Node:
+    """The parts of one node and how they hang together. Satisfies `router.ports.NodeView`."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self._settings = settings
+        self._keys = Keys(settings.prefix)
+        self._started_at = datetime.now(UTC)
+        self._draining = False
+        self._was_ready = False
+        self._stop = asyncio.Event()
+        self._routes = Routes()
+        cache = settings.cache.expanduser()
+        self._store = EtcdStore.connect(settings.etcd)
+        self._session = Session(self._store, settings.lease_ttl_s)
+        self._zygote = Zygote()
+        self._devices = DevicePool.parse(settings.devices)
+        self._repository = ModelRepository(
+            cache / "models",
+            max_bytes=settings.cache_max_mb * 2**20 if settings.cache_max_mb else None,
+        )
+        self._manager = Manager(
+            zygote=self._zygote,
+            repository=self._repository,
+            devices=self._devices,
+            publish=self._publish,
+            withdraw=self._withdraw,
+            changed=self._changed,
+            settings=ManagerSettings(load_timeout_s=settings.load_timeout_s),
+        )
+        self._follower = Follower(
+            store=self._store,
+            keys=self._keys,
+            manager=self._manager,
+            admission=DocumentAdmission(settings.allow_sources, self._devices, self._manager),
+            labels=settings.labels,
+            snapshot_path=cache / "nodes" / settings.id / "snapshot.json",
+            on_seen=self._report,
+        )
+        self._app = App(self, product_version=paddlewheel.__version__)
+        self._app.metrics.add(self._readings)
+        self._http = ""
+
+    # --- what the front door asks (router.ports.NodeView) -------------------------------------
+
+    @property
+    def node_id(self) -> str:
+        return self._settings.id
+
+    def health(self) -> Health:
+        checks = [
+            Check("draining", not self._draining, "draining" if self._draining else ""),
+            Check(
+                "configs_known",
+                self._follower.knows_configs,
+                "" if self._follower.knows_configs else "neither etcd nor a snapshot so far",
+            ),
+        ]
+        for model, route in self._routes.serving.table.models.items():
+            if route.required:
+                serves = route.default is not None
+                detail = "" if serves else (route.reason or "no good version is loaded")
+                checks.append(Check(f"model:{model}", serves, detail))
+        ready = all(check.ok for check in checks)
+        self._was_ready = self._was_ready or ready
+        silent_s = asyncio.get_running_loop().time() - self._manager.last_turn_s
+        live = silent_s < 2 * self._settings.lease_ttl_s
+        checks.append(Check("control_loop", live, f"last turn {silent_s:.1f} s ago"))
+        # For people: neither makes a node that serves unready.
+        checks.append(Check("etcd_lease", True, "held" if self._session.has_lease else "lost"))
+        return Health(ready=ready, started=self._was_ready, live=live, checks=checks)
+
+    def servables(self) -> Sequence[Mapping[str, Any]]:
+        return [
+            servable_status(servable).to_dict()
+            for view in self._manager.views()
+            for servable in view.servables
+        ]
+
+    # --- what the manager tells ---------------------------------------------------------------
+
+    def _publish(self, view: ModelView) -> None:
+        self._app.publish(self._routes.put(view))
+
+    def _withdraw(self, model: ModelName) -> None:
+        self._app.publish(self._routes.remove(model))
+        self._session.remove(self._keys.status(model, self._settings.id))
+        self._announce()
+
+    def _changed(self, view: ModelView) -> None:
+        self._report(view.name)
+        self._announce()
+
+    def _report(self, model: ModelName) -> None:
+        """Write the model's status, on change only (the session compares)."""
+        seen, view = self._follower.seen.get(model), self._manager.view(model)
+        key = self._keys.status(model, self._settings.id)
+        if seen is None and (view is None or not view.servables):
+            self._session.remove(key)
+            return
+        status = model_status(model, self._settings.id, seen, view)
+        self._session.set(key, status.to_json())
+
+    def _announce(self) -> None:
+        record = NodeRecord(
+            id=self._settings.id,
+            http=self._http,
+            started_at=self._started_at,
+            devices=tuple(
+                DeviceRecord(
+                    id=device.id,
+                    memory_mb=device.quota_mb,
+                    reserved_mb=device.reserved_mb,
+                    cordoned=device.cordon
+                    and Cordon(
+                        code=device.cordon.code, reason=device.cordon.reason, at=device.cordon.at
+                    ),
+                )
+                for device in self._devices.snapshot()
+            ),
+            labels=self._settings.labels,
+            version=paddlewheel.__version__,
+            draining=self._draining,
+            lease_ttl_s=self._settings.lease_ttl_s,
+        )
+        self._session.set(self._keys.node(self._settings.id), record.to_json())
+
+    def _readings(self) -> Iterable[Reading]:
+        return readings(self._manager, self._session, self._follower, self._devices)
+
+    # --- life ---------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        failed: list[asyncio.Task[None]] = []
+        try:
+            self._http = await self._app.start(settings.host, settings.port)
+        except OSError as exc:
+            log.error("cannot_listen", address=f"{settings.host}:{settings.port}", reason=str(exc))
+            await self._store.close()
+            return 1
+        self._print_ready()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._store.close)
+            stack.push_async_callback(self._zygote.close)
+            stack.push_async_callback(self._manager.close)
+            await self._follower.restore()
+            self._announce()
+            await self._session.start()
+            tasks = [
+                asyncio.create_task(work, name=name)
+                for name, work in (
+                    ("manager", self._manager.run()),
+                    ("follower", self._follower.run()),
+                    ("zygote", self._keep_zygote()),
+                    ("stop", self._wait_for_stop()),
+                )
+            ]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            failed = [task for task in tasks[:-1] if task.done()]
+            for task in failed:
+                log.error("node_part_ended", part=task.get_name(), error=repr(task.exception()))
+            await self._drain()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        log.info("node_stopped", node=settings.id)
+        return 1 if failed else 0
+
+    async def _wait_for_stop(self) -> None:
+        await self._stop.wait()
+
+    def _print_ready(self) -> None:
+        line = {
+            "event": "ready",
+            "http": self._http,
+            "grpc": None,
+            "node": self._settings.id,
+            "pid": os.getpid(),
+            "etcd": [str(endpoint) for endpoint in self._settings.etcd.parsed()],
+        }
+        print(orjson.dumps(line).decode(), flush=True)
+
+    async def _keep_zygote(self) -> None:
+        """Have paddle imported before the first document asks for a worker, and after a crash."""
+        while True:
+            try:
+                await self._zygote.start()
+            except (ZygoteFailed, OSError) as exc:
+                log.error("zygote_not_started", reason=str(exc))
+            await asyncio.sleep(ZYGOTE_RETRY_S)
+
+    async def _drain(self) -> None:
+        """Unready, out of etcd, then no new connections, then the end of what is in flight."""
+        settings = self._settings
+        log.info("node_draining", node=settings.id)
+        self._draining = True
+        deadline_s = asyncio.get_running_loop().time() + settings.drain_s
+        await self._session.stop()
+        await asyncio.sleep(min(settings.drain_delay_s, settings.drain_s))
+        left_s = max(0.0, deadline_s - asyncio.get_running_loop().time())
+        await self._app.stop(drain_s=left_s)

@@ -1,0 +1,117 @@
+"""Gauges and counters that `/metrics` shows of the node behind the front door."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from loader.devices import DevicePool
+from loader.lifecycle import State
+from loader.manager import Manager
+from paddlewheel.follower import Follower
+from registry.session import Session
+from router.metrics import Reading
+
+
+def readings(
+    manager: Manager, session: Session, follower: Follower, devices: DevicePool
+) -> Iterator[Reading]:
+    """What is now; called for each scrape."""
+    yield from _models(manager, follower)
+    yield from _servables(manager)
+    yield from _devices(devices)
+    counters = session.counters
+    yield Reading("lease_held", "1 while this node's lease is held.", (({}, session.has_lease),))
+    yield Reading(
+        "lease_remaining_seconds", "Until the lease ends without a renewal.",
+        (({}, session.lease_remaining_s),),
+    )  # fmt: skip
+    yield Reading(
+        "lease_losses", "Leases that ended against our will.", (({}, counters.losses),),
+        is_counter=True,
+    )  # fmt: skip
+    if follower.last_event_at is not None:
+        staleness_s = (datetime.now(UTC) - follower.last_event_at).total_seconds()
+        yield Reading(
+            "config_staleness_seconds", "Since etcd last sent a change.", (({}, staleness_s),)
+        )
+
+
+def _models(manager: Manager, follower: Follower) -> Iterator[Reading]:
+    views = manager.views()
+    wanted = [
+        ({"model": model, "kind": "desired"}, float(seen.revision))
+        for model, seen in follower.seen.items()
+    ]
+    applied = [
+        ({"model": view.name, "kind": "applied"}, float(view.in_force.revision)) for view in views
+    ]
+    yield Reading(
+        "config_revision", "Document revision seen (desired) and in force (applied).",
+        tuple(wanted + applied),
+    )  # fmt: skip
+    yield Reading(
+        "swap_duration_seconds", "How long the last swap of routing took.",
+        tuple(({"model": view.name}, view.swap_s) for view in views),
+    )  # fmt: skip
+    yield Reading(
+        "swaps", "Swaps of routing.",
+        tuple(({"model": view.name}, view.swaps) for view in views), is_counter=True,
+    )  # fmt: skip
+    results = [
+        ({"model": view.name, "result": result}, float(count))
+        for view in views
+        for result, count in view.reloads.items()
+    ]
+    yield Reading(
+        "reload", "Servables made ready, or not.", tuple(results), is_counter=True
+    )
+
+
+def _servables(manager: Manager) -> Iterator[Reading]:
+    servables = [servable for view in manager.views() for servable in view.servables]
+    states = [
+        ({"model": s.id.model, "version": s.id.version, "state": str(state)}, s.state is state)
+        for s in servables
+        for state in State
+        if state is not State.GONE
+    ]
+    yield Reading("servable_state", "1 for the state that a servable is in.", tuple(states))
+    phases = [
+        ({"model": s.id.model, "version": s.id.version, "phase": phase}, ms / 1000)
+        for s in servables
+        for phase, ms in s.phases_ms.items()
+    ]
+    yield Reading(
+        "reload_duration_seconds", "How long each phase of the last load took.", tuple(phases)
+    )
+    labels = [({"model": s.id.model, "version": s.id.version}, s.pool) for s in servables if s.pool]
+    yield Reading(
+        "queue_length", "Requests that wait for a worker.",
+        tuple((label, float(pool.stats.queued)) for label, pool in labels),
+    )  # fmt: skip
+    yield Reading(
+        "worker_restarts", "Workers that were replaced.",
+        tuple((label, float(pool.stats.restarts)) for label, pool in labels), is_counter=True,
+    )  # fmt: skip
+    yield Reading(
+        "busy_seconds", "Time inside predictors.",
+        tuple((label, pool.stats.busy_s) for label, pool in labels), is_counter=True,
+    )  # fmt: skip
+    errors = [
+        ({"model": s.id.model, "version": s.id.version, "code": code}, float(count))
+        for s in servables
+        for code, count in s.errors.items()
+    ]
+    yield Reading("gpu_error", "Faults of servables, by code.", tuple(errors), is_counter=True)
+
+
+def _devices(devices: DevicePool) -> Iterator[Reading]:
+    snapshot = devices.snapshot()
+    for name, help, value in (
+        ("device_quota_bytes", "Memory that models may take.", lambda d: d.quota_mb),
+        ("device_reserved_bytes", "Memory that loaded models have booked.", lambda d: d.reserved_mb),
+    ):
+        yield Reading(
+            name, help, tuple(({"device": d.id}, value(d) * float(1 << 20)) for d in snapshot)
+        )
