@@ -80,6 +80,20 @@ def model_digest(files: ModelFiles, sha256: Mapping[str, str]) -> Digest:
     return Digest(f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}")
 
 
+def digest_breach(found: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
+    """How files differ from the digests of the document (hex, any case, ``sha256:`` allowed).
+
+    found: the hex digest of every file of the model. Files that the document does not name are
+    not looked at.
+    """
+    for name, digest in wanted.items():
+        if name not in found:
+            return f"{name!r} is not a file of the model, which has {', '.join(sorted(found))}"
+        if found[name] != digest.lower().removeprefix("sha256:"):
+            return f"{name} is sha256 {found[name]}, the document says {digest}"
+    return None
+
+
 def file_sha256(path: Path) -> str:
     """The hex digest of one file. Raises `OSError`."""
     with path.open("rb") as file:
