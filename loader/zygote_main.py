@@ -51,7 +51,10 @@ class ZygoteProcess:
                     self._reap(fd)
 
     def _receive(self) -> None:
-        data, fds, _, _ = socket.recv_fds(self._sock, wire.MESSAGE_MAX_BYTES, _FDS_MAX)
+        try:
+            data, fds, _, _ = socket.recv_fds(self._sock, wire.MESSAGE_MAX_BYTES, _FDS_MAX)
+        except ConnectionResetError:
+            os._exit(0)
         if not data:
             os._exit(0)  # the front is gone; PR_SET_PDEATHSIG takes the workers along
         request_id = wire.unpacked(data)["id"]
