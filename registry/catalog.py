@@ -18,7 +18,7 @@ from registry.names import ModelName, Revision, Version
 from registry.records import BadRecord, LastGood, Quarantine
 from registry.saved import SavedDocument, Snapshot
 from registry.spec import ModelDocument, parse_model
-from registry.store import Batch, Event, KeyValue, Listing, Put
+from registry.store import Batch, Delete, Event, KeyValue, Listing, Put
 
 Accept = Callable[[ModelDocument], tuple[FieldError, ...]]
 """What else a node asks of a document that parses (allowed sources, memory); empty: accepted."""
@@ -208,15 +208,13 @@ class _Fold:
         return catalog, tuple(self._changes)
 
     def event(self, event: Event) -> None:
-        put = isinstance(event, Put)
-        key = event.kv.key if put else event.key
-        revision = event.kv.mod_revision if put else event.mod_revision
-        if revision <= self._applied.get(key, 0):
-            return
-        if put:
-            self._put(event.kv)
-        else:
-            self._delete(key, revision)
+        match event:
+            case Put(kv) if kv.mod_revision > self._applied.get(kv.key, 0):
+                self._put(kv)
+            case Delete(key, revision) if revision > self._applied.get(key, 0):
+                self._delete(key, revision)
+            case _:
+                pass  # seen already
 
     def relist(self, listing: Listing, prefix: str) -> None:
         for key, revision in self._applied.items():

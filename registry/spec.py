@@ -299,6 +299,5 @@ def _in_order(errors: list[FieldError]) -> list[FieldError]:
     unique = list(dict.fromkeys(errors))
     unique.sort(key=lambda error: error.line or 0)  # stable: the same line keeps its order
     if len(unique) > MAX_ERRORS:
-        rest = len(unique) - MAX_ERRORS
-        unique = [*unique[:MAX_ERRORS], FieldError("", None, f"and {rest} more errors")]
+        unique = [*unique[:MAX_ERRORS], FieldError("", None, "and more errors")]
     return unique

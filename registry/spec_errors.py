@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from registry.document import Document
 from registry.document_tree import (
+    MAX_ERRORS,
     FieldError,
     Mapping,
     Node,
@@ -35,9 +36,14 @@ _COLLECTIONS = {
 
 
 def explain(exc: ValidationError, document: Document, root: type[BaseModel]) -> list[FieldError]:
-    """One `FieldError` for each error of ``exc``, except where the text itself is at fault."""
+    """One `FieldError` for each error of ``exc``, except where the text itself is at fault.
+
+    Stops just past `MAX_ERRORS`.
+    """
     errors: list[FieldError] = []
     for found in exc.errors(include_url=False, include_input=False):
+        if len(errors) > MAX_ERRORS:
+            break  # nobody reads that many, and looking each up would take its time
         raw_path: tuple[str | int, ...] = found["loc"]
         is_key = raw_path[-1:] == ("[key]",)
         path: Path = raw_path[:-1] if is_key else raw_path
