@@ -26,7 +26,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 # A second series for each counter, only to say since when: nobody asked for it.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 PREFIX = "paddlewheel_"
 _LATENCY_BUCKETS_S = (

@@ -128,21 +128,20 @@ class CompiledRules:
                     seen, bucket = user_id, user_bucket(self.model, user_id)
                 if bucket is not None and bucket < user.threshold:
                     return Verdict(user.match, bucket)
-        if self._regions:
+        for region in self._regions:
+            if headers.get(region.header) not in region.regions:
+                continue
+            if region.share >= 1.0:
+                return Verdict(region.match, bucket)
             user_id = self._region_user(headers, claims)
-            if user_id is not None and user_id != seen:
-                bucket = user_bucket(self.model, user_id)
-            for region in self._regions:
-                if headers.get(region.header) not in region.regions:
-                    continue
-                if region.share >= 1.0:
+            if user_id is not None:
+                if user_id != seen:
+                    seen, bucket = user_id, user_bucket(self.model, user_id)
+                if bucket is not None and bucket < region.threshold:
                     return Verdict(region.match, bucket)
-                if user_id is not None and bucket is not None:
-                    if bucket < region.threshold:
-                        return Verdict(region.match, bucket)
-                    continue
-                if chance < region.share:
-                    return Verdict(region.match, bucket)
+            elif chance < region.share:
+                return Verdict(region.match, bucket)
+            else:
                 # What is left of the number is uniform again: the next rule gets its own dice.
                 chance = (chance - region.share) / (1.0 - region.share)
         for percent in self._percents:
