@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,30 +58,29 @@ class Loading:
 
     async def run(self) -> Ready:
         """Make all replicas ready."""
-        loop = asyncio.get_running_loop()
         workers: list[Worker] = []
         try:
             async with asyncio.timeout(self.timeout_s):
                 first = await self.spawn()
                 workers.append(first)
-                started_s = loop.time()
+                started_s = time.perf_counter()
                 signature = await first.check(self.folder, self.recipe)
                 if signature is not None:
                     self._check_signature(signature)
                 self.reserve()
-                self.on_phase("check", loop.time() - started_s)
-                started_s = loop.time()
+                self.on_phase("check", time.perf_counter() - started_s)
+                started_s = time.perf_counter()
                 loaded = await first.load(self.folder, self.recipe)
                 self._check_signature(loaded.signature)
-                self.on_phase("load", loop.time() - started_s)
-                started_s = loop.time()
+                self.on_phase("load", time.perf_counter() - started_s)
+                started_s = time.perf_counter()
                 await first.warm(self.recipe, self.golden)
                 await first.serve()
                 for _ in range(1, self.recipe.replicas):
                     worker = await self.spawn()
                     workers.append(worker)
                     await _make_serving(worker, self.folder, self.recipe)
-                self.on_phase("warm", loop.time() - started_s)
+                self.on_phase("warm", time.perf_counter() - started_s)
                 return Ready(tuple(workers), loaded.signature)
         except TimeoutError:
             await end(workers)

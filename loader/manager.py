@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from loader import policy
-from loader.devices import DevicePool, QuotaExceeded
+from loader.devices import BadDevice, Cordoned, DevicePool, OutOfQuota, Priority
 from loader.errors import FetchFailed, LoaderError, NotAdmitted, WorkerDied
 from loader.lifecycle import LOADED, State
 from loader.loading import Loading, Predecessor
@@ -77,9 +78,7 @@ class _Model:
     servables: dict[ServableId, Servable] = field(default_factory=dict[ServableId, Servable])
     orders: dict[ServableId, Order] = field(default_factory=dict[ServableId, Order])
     fetched: dict[ServableId, Fetched] = field(default_factory=dict[ServableId, Fetched])
-    quarantined: Mapping[Version, Quarantine] = field(
-        default_factory=dict[Version, Quarantine]
-    )
+    quarantined: Mapping[Version, Quarantine] = field(default_factory=dict[Version, Quarantine])
     """Versions that the fleet took out."""
     fallback: ServableId | None = None
     retry_at_s: dict[ServableId, float] = field(default_factory=dict[ServableId, float])
@@ -163,9 +162,7 @@ class Manager:
             model.fallback = None
             self._touch(name)
 
-    def set_quarantined(
-        self, name: ModelName, quarantined: Mapping[Version, Quarantine]
-    ) -> None:
+    def set_quarantined(self, name: ModelName, quarantined: Mapping[Version, Quarantine]) -> None:
         """Which versions of ``name`` must not serve, whatever the document says."""
         model = self._models.setdefault(name, _Model(name))
         model.quarantined = dict(quarantined)
@@ -275,7 +272,26 @@ class Manager:
             servables={id: s.snapshot() for id, s in model.servables.items()},
             now_s=asyncio.get_running_loop().time(),
             fallback=model.fallback,
+            is_tight=self._is_tight(model),
         )
+
+    def _is_tight(self, model: _Model) -> bool:
+        """Whether what is wanted next only fits once this model's standby has gone."""
+        aspiration = model.aspiration
+        if aspiration is None or model.in_force.live is None:
+            return False
+        for id in (aspiration.live, aspiration.canary):
+            fetched = model.fetched.get(id) if id is not None else None
+            if id is None or id in model.servables or fetched is None:
+                continue
+            recipe = model.orders[id].recipe
+            needed_mb = required_mb(recipe, fetched.bytes) * recipe.replicas
+            try:
+                if needed_mb > self._devices.free_mb(recipe.device):
+                    return True
+            except BadDevice:
+                continue
+        return False
 
     def _reconcile(self, name: ModelName) -> None:
         model = self._models[name]
@@ -312,7 +328,7 @@ class Manager:
 
     def _swap(self, model: _Model, to: InForce) -> None:
         before = model.in_force
-        started_s = asyncio.get_running_loop().time()
+        started_s = time.perf_counter()  # the loop's clock has no microseconds
         model.in_force = to
         if to.revision == model.aspired_revision and to.revision != before.revision:
             model.document = model.aspired
@@ -323,7 +339,7 @@ class Manager:
                     servable.move(role)
         self._publish(self._view(model))
         model.swaps += 1
-        model.swap_s = asyncio.get_running_loop().time() - started_s
+        model.swap_s = time.perf_counter() - started_s
         log.info(
             "route_swapped",
             model=model.name,
@@ -358,9 +374,8 @@ class Manager:
         task.add_done_callback(self._tasks.discard)
 
     async def _fetch(self, model: _Model, servable: Servable, order: Order) -> None:
-        loop = asyncio.get_running_loop()
         recipe, pending = order.recipe, servable.id
-        started_s = loop.time()
+        started_s = time.perf_counter()
         try:
             async with asyncio.timeout(self._settings.fetch_timeout_s):
                 fetched = await self._repository.fetch(recipe.source, sha256=recipe.sha256)
@@ -386,7 +401,7 @@ class Manager:
             servable=str(id),
             digest=fetched.digest,
             bytes=fetched.bytes,
-            fetch_s=round(loop.time() - started_s, 3),
+            fetch_s=round(time.perf_counter() - started_s, 4),
         )
         self._touch(model.name)
 
@@ -457,9 +472,10 @@ class Manager:
     def _reserve(self, servable: Servable, fetched: Fetched) -> None:
         recipe = servable.recipe
         memory_mb = required_mb(recipe, fetched.bytes) * recipe.replicas
+        priority = Priority.parse(recipe.priority)
         try:
-            self._devices.reserve(str(servable.id), recipe.device, memory_mb)
-        except QuotaExceeded as exc:
+            self._devices.reserve(str(servable.id), recipe.device, memory_mb, priority=priority)
+        except (OutOfQuota, Cordoned, BadDevice) as exc:
             raise NotAdmitted("memory", str(exc)) from exc
         servable.memory_mb = memory_mb
 
@@ -517,7 +533,12 @@ class Manager:
             self._touch(name)
 
     def _fault(
-        self, model: _Model, servable: Servable, code: str, fault_class: str, message: str,
+        self,
+        model: _Model,
+        servable: Servable,
+        code: str,
+        fault_class: str,
+        message: str,
         pid: int,
     ) -> None:
         servable.errors[code] += 1

@@ -36,6 +36,7 @@ def recipe_for(document: ModelDocument, version: Version) -> Recipe:
         device=placement.device,
         replicas=placement.replicas,
         memory_mb=placement.memory_mb,
+        priority=placement.priority,
         threads=predictor.threads,
         precision=predictor.precision,
         options=dict(predictor.options),

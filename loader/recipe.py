@@ -26,13 +26,12 @@ class Recipe:
     replicas: int = 1
     memory_mb: int | None = None
     """Per replica; ``None``: estimated from the files."""
+    priority: str = "normal"
     threads: int = 1
     precision: str = "fp32"
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     warmup_requests: int = 3
-    warmup_shapes: Mapping[str, tuple[int, ...]] = field(
-        default_factory=dict[str, tuple[int, ...]]
-    )
+    warmup_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     golden: str | None = None
     rtol: float = 1e-3
     atol: float = 1e-5

@@ -63,11 +63,12 @@ class DocumentAdmission:
     def _memory(self, document: ModelDocument, sizes: Sizes) -> tuple[FieldError, ...]:
         """Live and canary of the document beside live and canary in force; a standby yields."""
         device = document.spec.placement.device
-        quota_mb = self._devices.quota_mb(device)
-        if quota_mb is None:
-            have = ", ".join(self._devices.ids())
+        usage = {each.id: each for each in self._devices.usage()}.get(device)
+        if usage is None:
+            have = ", ".join(each.id for each in self._devices.usage())
             message = f"this node has no device {device!r}, it has {have}"
             return (FieldError("spec.placement.device", None, message),)
+        quota_mb = usage.quota_mb
         serving_mb, yielding_mb, needed_mb = 0, 0, 0
         loaded = set[tuple[Version, str]]()
         view = self._manager.view(document.metadata.name)
@@ -87,7 +88,7 @@ class DocumentAdmission:
             recipe = recipe_for(document, version)
             if (version, recipe.key()) not in loaded:
                 needed_mb += required_mb(recipe, sizes.get(recipe.source, 0)) * recipe.replicas
-        others_mb = self._devices.reserved_mb(device) - serving_mb - yielding_mb
+        others_mb = usage.reserved_mb - serving_mb - yielding_mb
         free_mb = quota_mb - others_mb - serving_mb
         if needed_mb <= free_mb:
             return ()

@@ -83,9 +83,7 @@ class Follower:
         snapshot = await loop.run_in_executor(self._thread, load, self._snapshot_path)
         if snapshot is None:
             return
-        await self._fold(
-            lambda _: Catalog.restore(snapshot, self._keys, accept=self._accept(loop))
-        )
+        await self._fold(lambda _: Catalog.restore(snapshot, self._keys, accept=self._accept(loop)))
         self.knows_configs = True
         log.info("snapshot_restored", models=len(self.seen), path=str(self._snapshot_path))
 
@@ -133,7 +131,9 @@ class Follower:
         Disks are looked at there; the device pool belongs to the loop and is asked on it.
         """
 
-        async def check(document: ModelDocument, sizes: Mapping[str, int]) -> tuple[FieldError, ...]:
+        async def check(
+            document: ModelDocument, sizes: Mapping[str, int]
+        ) -> tuple[FieldError, ...]:
             return self._admission.check(document, sizes)
 
         def accept(document: ModelDocument) -> tuple[FieldError, ...]:

@@ -19,7 +19,7 @@ import structlog
 import uvloop
 
 import paddlewheel
-from loader.devices import DevicePool
+from loader.devices import DevicePool, DeviceUsage, parse_devices
 from loader.manager import Manager, ManagerSettings, ModelView
 from loader.repository import ModelRepository
 from loader.zygote import Zygote, ZygoteFailed
@@ -47,7 +47,11 @@ ZYGOTE_RETRY_S = 5.0
 def run_node(settings: NodeSettings) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status."""
     configure_logs()
-    return uvloop.run(Node(settings).run())
+
+    async def serve() -> int:
+        return await Node(settings).run()  # made inside the loop that its parts belong to
+
+    return uvloop.run(serve())
 
 
 class Node:
@@ -65,7 +69,9 @@ class Node:
         self._store = EtcdStore.connect(settings.etcd)
         self._session = Session(self._store, settings.lease_ttl_s)
         self._zygote = Zygote()
-        self._devices = DevicePool.parse(settings.devices)
+        self._devices = DevicePool(
+            {each.id: each.quota_mb() for each in parse_devices(settings.devices)}
+        )
         self._repository = ModelRepository(
             cache / "models",
             max_bytes=settings.cache_max_mb * 2**20 if settings.cache_max_mb else None,
@@ -157,18 +163,7 @@ class Node:
             id=self._settings.id,
             http=self._http,
             started_at=self._started_at,
-            devices=tuple(
-                DeviceRecord(
-                    id=device.id,
-                    memory_mb=device.quota_mb,
-                    reserved_mb=device.reserved_mb,
-                    cordoned=device.cordon
-                    and Cordon(
-                        code=device.cordon.code, reason=device.cordon.reason, at=device.cordon.at
-                    ),
-                )
-                for device in self._devices.snapshot()
-            ),
+            devices=tuple(_device_record(usage) for usage in self._devices.usage()),
             labels=self._settings.labels,
             version=paddlewheel.__version__,
             draining=self._draining,
@@ -254,3 +249,13 @@ class Node:
         await asyncio.sleep(min(settings.drain_delay_s, settings.drain_s))
         left_s = max(0.0, deadline_s - asyncio.get_running_loop().time())
         await self._app.stop(drain_s=left_s)
+
+
+def _device_record(usage: DeviceUsage) -> DeviceRecord:
+    cordoned = usage.cordoned
+    return DeviceRecord(
+        id=usage.id,
+        memory_mb=usage.quota_mb,
+        reserved_mb=usage.reserved_mb,
+        cordoned=None if cordoned is None else Cordon.model_validate(cordoned.as_json()),
+    )

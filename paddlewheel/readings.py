@@ -12,6 +12,8 @@ from paddlewheel.follower import Follower
 from registry.session import Session
 from router.metrics import Reading
 
+MB = float(1 << 20)
+
 
 def readings(
     manager: Manager, session: Session, follower: Follower, devices: DevicePool
@@ -63,9 +65,7 @@ def _models(manager: Manager, follower: Follower) -> Iterator[Reading]:
         for view in views
         for result, count in view.reloads.items()
     ]
-    yield Reading(
-        "reload", "Servables made ready, or not.", tuple(results), is_counter=True
-    )
+    yield Reading("reload", "Servables made ready, or not.", tuple(results), is_counter=True)
 
 
 def _servables(manager: Manager) -> Iterator[Reading]:
@@ -107,11 +107,16 @@ def _servables(manager: Manager) -> Iterator[Reading]:
 
 
 def _devices(devices: DevicePool) -> Iterator[Reading]:
-    snapshot = devices.snapshot()
-    for name, help, value in (
-        ("device_quota_bytes", "Memory that models may take.", lambda d: d.quota_mb),
-        ("device_reserved_bytes", "Memory that loaded models have booked.", lambda d: d.reserved_mb),
-    ):
-        yield Reading(
-            name, help, tuple(({"device": d.id}, value(d) * float(1 << 20)) for d in snapshot)
-        )
+    usage = devices.usage()
+    yield Reading(
+        "device_quota_bytes", "Memory that models may take.",
+        tuple(({"device": each.id}, each.quota_mb * MB) for each in usage),
+    )  # fmt: skip
+    yield Reading(
+        "device_reserved_bytes", "Memory that loaded models have booked.",
+        tuple(({"device": each.id}, each.reserved_mb * MB) for each in usage),
+    )  # fmt: skip
+    yield Reading(
+        "device_waiting", "Loads that wait for memory.",
+        tuple(({"device": each.id}, float(each.waiting)) for each in usage),
+    )  # fmt: skip
