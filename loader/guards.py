@@ -41,7 +41,9 @@ def interval(bad: int, samples: int, *, z: float = Z) -> tuple[float, float]:
     share = bad / samples
     spread = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
     middle, scale = share + z * z / (2 * samples), 1 + z * z / samples
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    low = 0.0 if bad == 0 else max(0.0, (middle - spread) / scale)
+    high = 1.0 if bad == samples else min(1.0, (middle + spread) / scale)
+    return low, high
 
 
 class ShareGuard:
