@@ -287,9 +287,10 @@ _GPU_PRECISION = {"fp32": "Float32", "fp16": "Half", "bf16": "Bfloat16", "int8":
 
 
 def _carried(array: Array, dtype: str) -> Array:
-    """As it travels: Paddle hands out a bfloat16 tensor as float32, its bits are what we carry."""
+    """As it travels. For a bfloat16 tensor `copy_to_cpu` of 3.3.1 gives a float32 array whose
+    first half holds the bits and whose second half was never written."""
     if dtype == "bfloat16" and array.dtype == np.float32:
-        return (array.view(np.uint32) >> 16).astype(np.uint16)
+        return array.reshape(-1).view(np.uint16)[: array.size].reshape(array.shape)
     return array
 
 
