@@ -27,10 +27,11 @@ def main() -> int:
         try:
             report = asyncio.run(perform(folder, console))
         except PaddlewheelError as exc:
-            console.print(f"the demo could not be played to its end: {exc}", style="bold red")
+            say = f"the demo could not be played to its end: {exc}"
             log_path = folder / "node.log"
             if log_path.exists():
-                console.print(f"the node's last words:\n{tail(log_path)}", markup=False)
+                say += f"\nthe node's last words:\n{tail(log_path)}"
+            console.print(say, markup=False, highlight=False, soft_wrap=True)
             return 1
         except KeyboardInterrupt:
             return 130

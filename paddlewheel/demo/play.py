@@ -256,8 +256,8 @@ async def perform(folder: Path, console: Console) -> Report:
     folders = await asyncio.to_thread(make_folders, published, folder)
     async with EmbeddedEtcd(folder / "etcd") as etcd:
         teller.say("etcd", f"serves at {etcd.endpoint}")
-        store = EtcdStore.connect(EtcdSettings(endpoints=(etcd.endpoint,)))
         node = await NodeProcess.start(etcd.endpoint, folder)
+        store = EtcdStore.connect(EtcdSettings(endpoints=(etcd.endpoint,)))
         try:
             teller.say("node", f"{NODE_ID} listens at http://{node.ready.host}:{node.ready.port}")
             watcher = Watcher(store, teller.status_changed)

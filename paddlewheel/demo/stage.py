@@ -54,7 +54,7 @@ class NodeProcess:
 
     @classmethod
     async def start(cls, etcd: str, folder: Path) -> NodeProcess:
-        """Start it and wait for its ready line. Raises `StageFailed` with its last words."""
+        """Start it and wait for its ready line. Raises `StageFailed`; its log says why."""
         log_path = folder / "node.log"
         parent = os.getpid()
 
@@ -84,7 +84,7 @@ class NodeProcess:
         except BaseException as exc:
             await _end(process)
             if isinstance(exc, TimeoutError | ValueError | KeyError):
-                raise StageFailed(f"the node did not start: {tail(log_path)}") from exc
+                raise StageFailed("the node did not start") from exc
             raise
 
     @property
@@ -108,8 +108,10 @@ class NodeProcess:
 
 async def _end(process: asyncio.subprocess.Process) -> int:
     if process.returncode is None:
+        # Not process.terminate(): for a child that ended just now it would take the exit status
+        # away from asyncio, which then reports 255.
         with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+            os.kill(process.pid, signal.SIGTERM)
         try:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await process.wait()
