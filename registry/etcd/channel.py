@@ -25,8 +25,10 @@ OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Despite its name how long one attempt to connect may take. At 100 ms a line or a machine that
+    # needs more than a second for the handshake never connects at all (decision 0004).
+    ("grpc.min_reconnect_backoff_ms", 3000),
     ("grpc.max_receive_message_length", -1),
     # A retry that we do not see would make a write happen twice.
     ("grpc.enable_retries", 0),

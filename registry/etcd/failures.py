@@ -80,6 +80,6 @@ def final_error(error: grpc.aio.AioRpcError, doing: str) -> StoreError:
         return LeaseNotFound(text)
     if error.code() in (_Code.PERMISSION_DENIED, _Code.UNAUTHENTICATED):
         return PermissionDenied(text)
-    if "authentication failed" in text:
+    if any(word in text for word in ("authentication failed", *_STALE_TOKEN)):
         return PermissionDenied(text)
     return StoreRefused(text)
