@@ -53,8 +53,8 @@ def load_golden(path: Path, signature: Signature | None = None) -> Golden:
             raise NotAdmitted(
                 "golden", f"{path.name}: {key!r}, want inputs/<name> or outputs/<name>"
             )
-        # a predictor reads C-contiguous memory; npz keeps Fortran order
-        (inputs if side == "inputs" else outputs)[name] = np.ascontiguousarray(array)
+        # A predictor reads C-contiguous memory; npz keeps Fortran order.
+        (inputs if side == "inputs" else outputs)[name] = np.asarray(array, order="C")
     if not outputs:
         raise NotAdmitted("golden", f"{path.name}: no array outputs/<name>")
     if signature is not None:

@@ -39,9 +39,11 @@ class _Operator:
 def parse_legacy(data: bytes, path: Path) -> Program:
     """Raises `ProgramError` naming the variable or operator."""
     try:
-        for number, value in protobuf.fields(memoryview(data)):
-            if number == 1:  # blocks; the first is the global one
-                return _program(protobuf.submessage(value), path)
+        # All of it is read: a file cut behind the blocks is a broken one too.
+        everything = list(protobuf.fields(memoryview(data)))
+        blocks = [protobuf.submessage(value) for number, value in everything if number == 1]
+        if blocks:  # the first is the global one
+            return _program(blocks[0], path)
     except protobuf.WireError as exc:
         raise ProgramError(path, where="", reason=f"not a program: {exc}") from exc
     raise ProgramError(path, where="", reason="not a program: no block")

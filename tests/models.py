@@ -31,7 +31,7 @@ def real_model(name: str) -> Path:
 
 
 def ocr_rec() -> Path:
-    """PP-OCRv4 recognition: ``x: float32 (batch, 3, 48, width)`` to ``(batch, width / 8, 6625)``."""
+    """PP-OCRv4 recognition: ``x: float32 (batch, 3, 48, width)`` to (batch, width / 8, 6625)."""
     return real_model("ch_PP-OCRv4_rec_infer")
 
 
@@ -66,7 +66,7 @@ def weights_of(folder: Path) -> ParamsFile:
 
 
 def to_bfloat16(folder: Path, out: Path) -> Path:
-    """The same model with every float32 weight rounded to the nearest bfloat16: a good version 2."""
+    """The same model, each float32 weight rounded to the nearest bfloat16: a good version 2."""
 
     def rounded(weight: Array) -> Array:
         if weight.dtype != np.float32:
