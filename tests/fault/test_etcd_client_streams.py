@@ -134,7 +134,7 @@ async def _fails(store: EtcdStore) -> bool:
 
 
 async def test_a_slow_line_still_connects(path: Path) -> None:
-    """More than a second until the first byte, as on a far line or a machine that is busy loading."""
+    """More than a second to the first byte, as on a far line or a machine busy loading."""
     path.proxy.up_delay_s = 1.2
     store = EtcdStore.connect(
         EtcdSettings(endpoints=(f"127.0.0.1:{path.proxy.port}",), timeout_s=5)
