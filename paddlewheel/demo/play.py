@@ -24,6 +24,7 @@ from paddlewheel.demo.models import (
     round_weights,
 )
 from paddlewheel.demo.stage import NODE_ID, NodeProcess, StageFailed, Status, Watcher, put_document
+from paddlewheel.demo.teller import Teller
 from paddlewheel.demo.traffic import CLS_MODEL, REC_MODEL
 from paddlewheel.embedded_etcd import EmbeddedEtcd
 from registry.etcd import EtcdSettings, EtcdStore
@@ -68,48 +69,6 @@ class Folders:
     rec: dict[str, Path]
     cls: dict[str, Path]
     cut: Path
-
-
-class Teller:
-    """Tells what happens, with seconds since the start."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._started_s = time.monotonic()
-
-    def say(self, who: str, what: str, style: str = "") -> None:
-        at_s = time.monotonic() - self._started_s
-        self._console.print(
-            f"[dim]{at_s:6.1f} s[/]  [bold]{who:<8}[/]", end="", highlight=False, soft_wrap=True
-        )
-        self._console.print(
-            what, style=style or None, markup=False, highlight=False, soft_wrap=True
-        )
-
-    def status_changed(self, before: Status | None, now: Status) -> None:
-        """One line for each servable that moved, and one for each document judged."""
-        model = now["model"]
-        old = {
-            (servable["version"], servable["digest"]): servable["state"]
-            for servable in (before or {}).get("servables", ())
-        }
-        for servable in now["servables"]:
-            state, version = servable["state"], servable["version"]
-            if old.get((version, servable["digest"])) == state:
-                continue
-            why = f": {servable['reason']}" if state == "FAILED" else ""
-            self.say("node", f"{model} {version} is {state}{why}", "red" if why else "")
-        if before is not None and now["revision"] != before["revision"] and not now["accepted"]:
-            for error in now["errors"]:
-                where = f"line {error['line']}, " if error.get("line") else ""
-                self.say(
-                    "node", f"{model} refused: {where}{error['path']}: {error['message']}", "red"
-                )
-
-    def tick(self, event: dict[str, object]) -> None:
-        """Nothing while all is well: only failures interrupt."""
-        if event["failed"]:
-            self.say("traffic", f"{event['failed']} failed in the last second", "bold red")
 
 
 def make_folders(published: Published, folder: Path) -> Folders:
