@@ -183,6 +183,8 @@ class DevicePool:
             return wish
         if held is not None and held.device != device:
             raise BadDevice(f"{owner} holds {held.memory_mb} MB of {held.device}; release it first")
+        if owner in self._waiting:
+            raise BadDevice(f"{owner} waits in line already; release it first")
         on = self._open(device)
         before_mb = held.memory_mb if held is not None else 0
         grows = memory_mb > before_mb

@@ -11,6 +11,7 @@ Source: NVIDIA "NVML API Reference Guide", event handling methods.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -163,7 +164,11 @@ class Nvml:
             return None
 
     def _device_of(self, handle: Any) -> str | None:
-        """By UUID: the handle in an event is another object for the same device."""
+        """By the handle's address, which a lost card still has, else by UUID."""
+        address = _address(handle)
+        for gpu in self._gpus:
+            if _address(gpu.handle) == address:
+                return gpu.device
         uuid = self._ask(lambda: _text(self._nvml.nvmlDeviceGetUUID(handle)))
         return next((gpu.device for gpu in self._gpus if gpu.uuid == uuid), None)
 
@@ -197,7 +202,7 @@ class GpuWatcher:
         self.devices: tuple[str, ...] = ()
 
     async def start(self) -> bool:
-        """Open the library and watch. False, and no thread stays, when there is nothing to watch."""
+        """Open the library and watch. False (and no thread) when there is nothing to watch."""
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[bool] = loop.create_future()
         self._thread = threading.Thread(
@@ -288,6 +293,10 @@ def _register(library: Any, gpu: _Gpu, event_set: Any) -> None:
             library.nvmlDeviceRegisterEvents(gpu.handle, wanted & known, event_set)
     except library.NVMLError:
         return  # its readings are still worth having
+
+
+def _address(handle: Any) -> int | None:
+    return ctypes.cast(handle, ctypes.c_void_p).value
 
 
 def _text(value: str | bytes) -> str:
