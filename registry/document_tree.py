@@ -147,6 +147,11 @@ def shorten(text: str, limit: int = _SHOWN) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def printable(text: str) -> str:
+    """On one line and in any encoding of a terminal's choice: control characters as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def show(node: Node | None) -> str:
     """The value as an error message quotes it."""
     match node:
@@ -173,5 +178,5 @@ def show_path(path: Path) -> str:
         elif _PLAIN_NAME.fullmatch(part) and len(part) <= _SHOWN:
             shown += f".{part}" if shown else part
         else:
-            shown += f'["{shorten(part)}"]'
-    return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+            shown += f'["{printable(shorten(part))}"]'
+    return shown

@@ -6,6 +6,7 @@ It is a cache of etcd and never more: a file that can't be trusted is reported a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -72,7 +73,8 @@ def save(path: Path, snapshot: Snapshot) -> None:
             temporary.replace(path)
             _sync_folder(path.parent)
         except OSError as exc:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise SnapshotNotSaved(f"{path}: {exc.strerror or exc}") from exc
 
 

@@ -14,7 +14,6 @@ from registry.document_tree import (
     Path,
     Scalar,
     Sequence,
-    shorten,
     show_path,
 )
 from registry.names import ModelName, Version, is_model_name, is_version
@@ -284,8 +283,8 @@ def _across(document: Document, name: ModelName | None) -> list[FieldError]:
         path: Path = ("spec", "versions", at, "version")
         listed = written(*path)
         if listed in first_at:
-            refuse(path, f"{shorten(listed)!r} is listed already, in {show_path(first_at[listed])}")
-        elif listed:
+            refuse(path, f"{listed!r} is listed already, in {show_path(first_at[listed])}")
+        elif is_version(listed):
             first_at[listed] = path
     known = ", ".join(list(first_at)[:5]) + (", ..." if len(first_at) > 5 else "")
     for path in (("spec", "live"), ("spec", "canary", "version")):

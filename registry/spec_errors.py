@@ -45,7 +45,8 @@ def explain(exc: ValidationError, document: Document, root: type[BaseModel]) -> 
         if len(errors) > MAX_ERRORS:
             break  # nobody reads that many, and looking each up would take its time
         raw_path: tuple[str | int, ...] = found["loc"]
-        is_key = raw_path[-1:] == ("[key]",)
+        # The library's mark for a wrong key, unless a field is really called that.
+        is_key = raw_path[-1:] == ("[key]",) and document.node(raw_path) is None
         path: Path = raw_path[:-1] if is_key else raw_path
         if path in document.bad_paths or _is_echo(found["type"], document.node(path)):
             continue
