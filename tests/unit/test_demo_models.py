@@ -26,6 +26,11 @@ def test_rounding_is_that_of_bfloat16(values: Array) -> None:
     assert np.array_equal(rounded, values.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+@pytest.mark.parametrize(("tie", "even"), [(1 + 1 / 256, 1.0), (1 + 3 / 256, 1 + 4 / 256)])
+def test_a_value_halfway_between_two_goes_to_the_even_one(tie: float, even: float) -> None:
+    assert models.to_bfloat16(np.array([tie], np.float32))[0] == even
+
+
 def test_what_is_not_float32_stays() -> None:
     counts = np.arange(5, dtype=np.int64)
     assert models.to_bfloat16(counts) is counts
