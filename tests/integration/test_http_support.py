@@ -137,3 +137,10 @@ async def running(
         yield app, url
     finally:
         await app.stop(drain_s=1.0)
+
+
+async def eventually(holds: Callable[[], Any], deadline_s: float = 5.0) -> None:
+    """Return once ``holds()``. Raises `TimeoutError` at the deadline."""
+    async with asyncio.timeout(deadline_s):
+        while not holds():  # noqa: ASYNC110 - what is waited for happens in code under test
+            await asyncio.sleep(0.005)
