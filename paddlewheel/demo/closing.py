@@ -15,6 +15,11 @@ _SETTLE_S = 1.0
 """How long after an edit's outcome a request still counts as "during" it."""
 
 
+def is_well(report: Report) -> bool:
+    """Whether there was traffic, none of it failed, and every edit came out as it must."""
+    return len(report.result) > 0 and report.result.failed == 0 and not report.problems
+
+
 def tables(report: Report) -> Iterable[Table]:
     """Whole run, texts per version, one row per edit."""
     yield summary_table(report)
