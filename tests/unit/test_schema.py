@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import yaml
 
 from registry.document import read
 from registry.schema import DIALECT, fields, model_schema
+from registry.schema_reference import reference
+from registry.spec import ConfigError, parse_model
 from tests.bad_documents import CASES, GOOD, UNREADABLE, BadDocument
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +77,24 @@ def test_nothing_of_the_machinery_shows() -> None:
     ):
         assert f'"{word}"' not in text
         assert word in {"regions", "memory_mb"} or word not in text, word
+
+
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", CONFIGURATION, re.MULTILINE | re.DOTALL)
+
+
+def test_the_configuration_reference_is_the_schemas() -> None:
+    wanted = reference()
+    assert wanted in CONFIGURATION, "print it with: python -m registry.schema_reference"
+
+
+def test_documents_in_the_configuration_page_are_what_it_says() -> None:
+    for text in blocks("yaml"):
+        parse_model(text, name=None)
+    (refused,), (shown,) = blocks("yaml refused"), blocks("text")
+    with pytest.raises(ConfigError) as caught:
+        parse_model(refused, name=None)
+    assert "".join(f"{error}\n" for error in caught.value.errors) == shown
