@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ETCD = "127.0.0.1:2379"
 DEFAULT_PREFIX = "/paddlewheel"
+_GIVEN = "--etcd or PADDLEWHEEL_ETCD"
 EMBEDDED = "embedded"
 """What ``up --etcd`` takes for an etcd of its own; elsewhere it means the one of that `up`."""
 
@@ -51,7 +52,7 @@ class EtcdOptions:
         """Decide which etcd and which prefix. Looks at the state file, connects to nothing."""
         if self.etcd and self.etcd != EMBEDDED:
             given = tuple(each.strip() for each in self.etcd.split(",") if each.strip())
-            return Located(given, self._prefix(DEFAULT_PREFIX), "--etcd")
+            return Located(given, self._prefix(DEFAULT_PREFIX), _GIVEN)
         running = state_file.find()
         if running is not None:
             found_by = f"`paddlewheel up` (pid {running.pid})"

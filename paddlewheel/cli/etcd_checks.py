@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from paddlewheel.cli.checks import Check
 from paddlewheel.etcd_options import EtcdOptions
 from registry.errors import PaddlewheelError
+from registry.store import PermissionDenied
 
 ETCD_TIMEOUT_S = 3.0
 CLOCK_SKEW_WANTED_S = 5.0
@@ -34,7 +35,7 @@ def etcd_checks(options: EtcdOptions) -> list[Check]:
     for member in members:
         url = f"{'https' if member.tls else 'http'}://{member.address}"
         checks.append(_member(url, context if member.tls else None))
-    checks.append(_read_through(options, f"as {located.found_by} says"))
+    checks.append(_read_through(options, located.found_by))
     return checks
 
 
@@ -85,7 +86,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _read_through(options: EtcdOptions, said: str) -> Check:
+def _read_through(options: EtcdOptions, found_by: str) -> Check:
     """The same client, user and prefix as every other command."""
     from paddlewheel.cli.connection import Connection, with_etcd
 
@@ -97,9 +98,12 @@ def _read_through(options: EtcdOptions, said: str) -> Check:
     started_s = time.monotonic()
     try:
         models, nodes = with_etcd(options, count)
+    except PermissionDenied as exc:
+        return Check("etcd read", "fail", str(exc), "user and password: see --etcd-auth-file")
     except PaddlewheelError as exc:
-        return Check("etcd read", "fail", str(exc), "user and password? see --etcd-auth-file")
+        return Check("etcd read", "fail", str(exc))
     took_ms = (time.monotonic() - started_s) * 1000
     prefix = options.locate().prefix
-    detail = f"{models} models and {nodes} nodes under {prefix} in {took_ms:.0f} ms, {said}"
+    detail = f"{models} models and {nodes} nodes under {prefix} in {took_ms:.0f} ms"
+    detail += f" (found through {found_by})"
     return Check("etcd read", "ok", detail)

@@ -72,9 +72,18 @@ def explain(
         ("route", answer.get("route")),
         ("rule", shown),
         ("bucket", "-" if answer.get("bucket") is None else f"{answer['bucket']} of 10000"),
+        ("by chance", _chance(answer)),
         ("config revision", answer.get("config_revision")),
     ]
     print_pairs(rows)
+
+
+def _chance(answer: Mapping[str, Any]) -> str:
+    """What chance would do to such requests: the answer above is that of the unlucky."""
+    percent = answer.get("canary_percent")
+    if not isinstance(percent, int | float) or not 0 < percent < 100:
+        return "no"
+    return f"{percent:g} % of such requests go to the canary"
 
 
 def _header(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +18,8 @@ log = structlog.get_logger("paddlewheel.folder_watch")
 
 _MOST_DEBOUNCES = 10
 """Under a steady stream of events a look is taken anyway, after this many quiet times."""
+_ROOT_CHECK_S = 1.0
+"""No event says that the folder itself was moved or unmounted: its inode is looked at."""
 _READING = frozenset({"opened", "closed_no_write"})
 """Events that our own reading makes."""
 
@@ -50,11 +53,14 @@ class FolderWatch(FileSystemEventHandler):
         Returns whether there was one, ``False`` after ``at_most_s`` without. A folder that was
         removed and made anew is watched anew.
         """
-        self._restart_if_replaced()
-        try:
-            await asyncio.wait_for(self._changed.wait(), at_most_s)
-        except TimeoutError:
-            return False
+        until_s = self._loop.time() + at_most_s
+        while not self._changed.is_set():
+            self._restart_if_replaced()
+            left_s = until_s - self._loop.time()
+            if left_s <= 0:
+                return False
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(left_s, _ROOT_CHECK_S))
         for _ in range(_MOST_DEBOUNCES):
             self._changed.clear()
             try:

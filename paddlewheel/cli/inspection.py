@@ -170,6 +170,8 @@ def _print(seen: Inspected, mismatches: dict[int, str]) -> None:
         rows.append([*row, cell(f"program wants {wanted}", "red")] if wanted else [*row, cell(" ")])
     print_table(["#", "NAME", "DTYPE", "DIMS", "BYTES", "AT BYTE", ""], rows, empty="no tensors")
     program = seen.program
+    if seen.problem is not None and not rows:
+        return
     data_bytes = sum(entry.nbytes for entry in seen.tensors)
     say(f"{seen.params}: {len(seen.tensors)} tensors, {data_bytes:,} bytes of data")
     if program is None:
