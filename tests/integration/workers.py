@@ -53,12 +53,12 @@ class Peer:
         loop = asyncio.get_running_loop()
         return wire.unpacked(await asyncio.wait_for(loop.sock_recv(self.sock, 1 << 18), 5))
 
-    def answer(self, message: dict[str, Any], **arrays: Array) -> None:
+    def answer(self, message: dict[str, Any], *, run_s: float = 0.001, **arrays: Array) -> None:
         """Answer a run as a worker does."""
         output = self.slots[message["slot"]].output
         places = output.write(arrays.items())
         body = {
-            "outputs": wire.placed_json(places), "run_s": 0.001, "arena_bytes": output.size_bytes,
+            "outputs": wire.placed_json(places), "run_s": run_s, "arena_bytes": output.size_bytes,
         }  # fmt: skip
         self.sock.send(wire.packed({"id": message["id"], "ok": body}))
 
