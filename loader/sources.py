@@ -227,7 +227,12 @@ class RemoteFolder:
                 yield chunk
 
     def _exists(self, name: str) -> bool:
-        return bool(self._fs.exists(f"{self._path}/{name}"))
+        # Not exists(): over http that is a GET, and an answer of 503 means "no" to it.
+        try:
+            self._fs.info(f"{self._path}/{name}")
+        except FileNotFoundError:
+            return False
+        return True
 
     def _tag(self, name: str, info: Mapping[str, Any]) -> str | None:
         for key in ("ETag", "etag", "md5", "checksum", "generation", "LastModified", "mtime"):
