@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal, TypeVar
@@ -42,8 +43,9 @@ T = TypeVar("T")
 MAX_REQUEST_BYTES = 1536 * 1024
 """etcd's default for --max-request-bytes."""
 
-Fate = Literal["applied", "lost"]
-"""What really happened to a write whose answer was lost."""
+Fate = Literal["applied", "lost", "late"]
+"""What really happened to a write whose answer was lost; a late one waits in some member's queue
+until `MemoryStore.deliver_late`."""
 
 
 @dataclass(slots=True)
@@ -233,6 +235,7 @@ class MemoryStore:
         self.faults = Faults()
         self.watch_restarts: Counter[str] = Counter()
         self._cuts = 0
+        self._late: list[Callable[[], object]] = []
         self._wakes: set[asyncio.Event] = set()
 
     def client(self) -> MemoryStore:
@@ -253,6 +256,13 @@ class MemoryStore:
         self._cuts += 1
         self._wake_watches()
 
+    def deliver_late(self) -> None:
+        """The writes of fate ``late`` arrive now, after whatever was written meanwhile."""
+        late, self._late = self._late, []
+        for do in late:
+            with suppress(LeaseNotFound):
+                do()
+
     def _wake_watches(self) -> None:
         for wake in self._wakes:
             wake.set()
@@ -263,8 +273,11 @@ class MemoryStore:
             raise Unavailable(f"{name}: cut off")
         self.cluster.tick()
         if is_write and self.faults.ambiguous:
-            if self.faults.ambiguous.pop(0) == "applied":
+            fate = self.faults.ambiguous.pop(0)
+            if fate == "applied":
                 do()
+            elif fate == "late":
+                self._late.append(do)
             raise Ambiguous(f"{name}: the answer was lost")
         result = do()
         if self.faults.after is not None:

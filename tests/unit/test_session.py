@@ -209,6 +209,20 @@ async def test_lost_answers_leave_the_newest_value(fates: list[str]) -> None:
         assert value(store, NODE) == b"3"
 
 
+async def test_a_write_that_arrives_late_does_not_undo_a_newer_one() -> None:
+    store = MemoryStore()
+    async with session_on(store) as session:
+        session.set(NODE, b"1")
+        assert await session.settled(1)
+        store.faults.ambiguous.append("late")
+        session.set(NODE, b"2")
+        await eventually(lambda: not store.faults.ambiguous, within_s=1)
+        session.set(NODE, b"3")
+        assert await session.settled(5)
+        store.deliver_late()
+        assert value(store, NODE) == b"3"
+
+
 async def test_stopping_while_etcd_is_away_is_bounded() -> None:
     store = MemoryStore()
 
@@ -252,11 +266,12 @@ async def test_random_weather_never_leaves_a_wrong_key() -> None:
                     case 1:
                         store.heal()
                     case 2:
-                        store.faults.ambiguous.append(rng.choice(["applied", "lost"]))
+                        store.faults.ambiguous.append(rng.choice(["applied", "lost", "late"]))
                     case 3:
                         store.cluster.revoke_all()
                     case 4:
                         await other.delete(key)
+                        store.deliver_late()
                     case 5:
                         session.remove(key)
                         wanted.pop(key, None)
