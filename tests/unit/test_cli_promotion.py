@@ -115,11 +115,28 @@ def test_edited_in_place(case: str) -> None:
     assert not promoted.redumped
 
 
-def test_an_anchor_into_the_canary_is_dumped_anew_and_said() -> None:
-    text = 'spec:\n  live: "1"\n  canary:\n    version: &v "2"\n  other: *v\n'
+ANCHORED: dict[str, tuple[str, object]] = {
+    "the canary's version": (
+        'spec:\n  live: "1"\n  canary:\n    version: &v "2"\n  other: *v\n',
+        "2",
+    ),
+    "something else in the canary": (
+        'spec:\n  live: "1"\n  canary:\n    rules: &r [1]\n    version: "2"\n  other: *r\n',
+        [1],
+    ),
+    "the live version": (
+        'spec:\n  live: &v "1"\n  canary: {version: "2"}\n  other: *v\n',
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ANCHORED)
+def test_anchored_elsewhere_is_dumped_anew_and_said(case: str) -> None:
+    text, other = ANCHORED[case]
     promoted = promote_text(text)
     assert promoted.redumped
-    assert yaml.safe_load(promoted.text) == {"spec": {"live": "2", "other": "2"}}
+    assert yaml.safe_load(promoted.text) == {"spec": {"live": "2", "other": other}}
 
 
 @pytest.mark.parametrize(

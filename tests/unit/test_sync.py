@@ -37,7 +37,7 @@ class World:
         """Somebody else's connection, without our faults."""
 
     @contextlib.asynccontextmanager
-    async def syncing(self, *, prune: bool = False) -> AsyncGenerator[None]:
+    async def syncing(self, *, prune: bool = False, grace_s: float = 0.2) -> AsyncGenerator[None]:
         sync = FolderSync(
             self.folder,
             self.store,
@@ -45,7 +45,7 @@ class World:
             self.reports.append,
             prune=prune,
             debounce_s=0.05,
-            prune_grace_s=0.3,
+            prune_grace_s=grace_s,
         )
         task = asyncio.create_task(sync.run())
         try:
@@ -114,9 +114,11 @@ async def test_a_broken_file_is_reported_once_and_the_old_stays(world: World) ->
         await world.becomes(document("m"))
         world.write("m.yaml", "a: [")
         await world.reported(Did.REFUSED)
+        # A document that is pruned meanwhile shows that the broken one would have been.
         world.write("other.yaml", document("other"))
         await world.becomes(document("other"), "other")
-        await asyncio.sleep(0.1)
+        (world.folder / "other.yaml").unlink()
+        await world.becomes(None, "other")
         assert await world.text() == document("m")
         assert world.count(Did.REFUSED) == 1
         world.write("m.yaml", document("m", "good again"))
@@ -155,13 +157,15 @@ async def test_prune_leaves_what_somebody_else_changed(world: World) -> None:
 async def test_a_move_and_a_slow_save_are_not_deletions(world: World) -> None:
     """Some editors move the old file away, then write the new one."""
     world.write("m.yaml", document("m"))
-    async with world.syncing(prune=True):
+    async with world.syncing(prune=True, grace_s=60):
         await world.becomes(document("m"))
         (world.folder / "m.yaml").rename(world.folder / "renamed.yaml")
         world.write("n.yaml", document("n"))
         await world.becomes(document("n"), "n")
         (world.folder / "renamed.yaml").rename(world.folder / "m.yaml~")
-        await asyncio.sleep(0.1)  # longer than the debounce: a round sees it missing
+        for name in ("two", "rounds", "see it missing"):
+            world.write("n.yaml", document("n", name))
+            await world.becomes(document("n", name), "n")
         world.write("m.yaml", document("m", "saved"))
         await world.becomes(document("m", "saved"))
     assert world.count(Did.DELETED) == 0
