@@ -306,6 +306,8 @@ _SPELLING = (
           20, "elements", schema_refuses=False),
     _edit("negative tolerance", "rtol: 1.0e-3", "rtol: -0.1", "spec.warmup.rtol", 20,
           "want a number of 0 or more"),
+    _edit("infinite tolerance", "rtol: 1.0e-3", "rtol: .inf", "spec.warmup.rtol", 20,
+          "want a number of 0 or more, got .inf", schema_refuses=False),
     # --- rollback, limits -------------------------------------------------------------------------
     _edit("unknown class", "codes: [700, sticky]", "codes: [700, crashy]",
           "spec.rollback.codes[1]", 21,

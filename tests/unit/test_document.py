@@ -155,6 +155,22 @@ def test_repeated_keys_keep_the_first_and_are_all_reported() -> None:
     ]  # fmt: skip
 
 
+def test_an_alias_counts_as_all_that_it_stands_for() -> None:
+    wide = "a: &a [" + "x, " * 500 + "]\n"
+    assert len(read(wide + "b: [" + "*a, " * 30 + "]\n").value["b"]) == 30
+    with pytest.raises(ConfigError, match="too large"):
+        read(wide + "b: [" + "*a, " * 60 + "]\n")
+
+
+def test_an_alias_is_as_deep_as_what_it_stands_for() -> None:
+    def nested(levels: int) -> str:
+        return "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}]\n" for n in range(levels))
+
+    assert read(nested(28)).value["a28"]
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        read(nested(40))
+
+
 BOUNDED = {
     "aliases of aliases": "a0: &a0 [x, x]\n"
     + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(30)),

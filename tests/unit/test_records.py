@@ -129,6 +129,10 @@ def test_bytes_are_canonical_whatever_the_order_given(name: str) -> None:
 
     spaced = json.dumps(turned(wanted), indent=3)
     assert type(record).from_json(spaced).to_json() == record.to_json()
+    two = {"b": 1, "a": 2}
+    one = SERVABLE.model_copy(update={"errors": two})
+    other = SERVABLE.model_copy(update={"errors": dict(sorted(two.items()))})
+    assert one.to_json() == other.to_json()
     assert b" " not in LastGood(version=V, revision=Revision(1), at=AT).to_json()
 
 

@@ -228,6 +228,17 @@ def test_all_errors_come_at_once_in_the_order_of_the_text() -> None:
     ]
 
 
+def test_odd_text_in_one_field_does_not_spoil_the_error_of_another() -> None:
+    odd = GOOD.replace('- version: "2"', f'- version: "{"v" * 3000} \\n"').replace(
+        'live: "1"', 'live: "9"'
+    )
+    with pytest.raises(ConfigError) as caught:
+        parse_model(odd, name=None)
+    for error in caught.value.errors:
+        assert "\n" not in error.message
+        assert len(error.message) < 200
+
+
 def test_more_errors_than_anybody_reads_are_cut() -> None:
     text = GOOD + "".join(f"unknown{n}: 1\n" for n in range(5000))
     with pytest.raises(ConfigError) as caught:
