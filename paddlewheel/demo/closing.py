@@ -29,11 +29,14 @@ def tables(report: Report) -> Iterable[Table]:
 
 def summary_table(report: Report) -> Table:
     result = report.result
+    interval = ""
+    if report.rate_per_s:
+        interval = f" (a request was due every {milliseconds(1 / report.rate_per_s)})"
     facts = [
         ("requests", str(len(result))),
         ("failed", str(result.failed)),
         *((f"  {reason}", str(number)) for reason, number in result.failures().items()),
-        ("longest gap between two answers", milliseconds(result.longest_gap_s())),
+        ("longest gap between two answers", f"{milliseconds(result.longest_gap_s())}{interval}"),
         ("swap of the routing table", _swap(report.swaps_us)),
         *(("not as expected", problem) for problem in report.problems),
     ]

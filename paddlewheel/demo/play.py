@@ -56,6 +56,8 @@ class Report:
     """What the play leaves for the closing table."""
 
     result: Result = field(default_factory=Result)
+    rate_per_s: float = 0.0
+    """At which requests were due."""
     edits: list[Edit] = field(default_factory=list[Edit])
     swaps_us: list[float] = field(default_factory=list[float])
     problems: list[str] = field(default_factory=list[str])
@@ -242,6 +244,7 @@ async def _under_traffic(
     kinds = {request.name: load.Request(request.name, request.data) for request in planned}
     host, port = node.ready.host, node.ready.port
     rate_per_s = await steady_rate_per_s(host, port, (kinds["rec"], kinds["cls"]))
+    report.rate_per_s = rate_per_s
     plan = Plan(host, port, planned, rate_per_s, duration_s=900)
     generator = await LoadProcess.start(plan, on_tick=teller.tick)
     teller.say("traffic", f"{rate_per_s:.1f} requests per second, in a process of their own")
