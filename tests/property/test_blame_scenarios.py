@@ -167,7 +167,7 @@ def test_without_a_standby_only_inputs_are_blamed() -> None:
         rng = random.Random(seed)
         kind = rng.choice(list(KINDS))
         node = Node(rng, KINDS[kind](rng), noise=0.001, has_standby=False)
-        verdict = node.play(requests=1500, inputs=50)
+        verdict = node.play(requests=400, inputs=20)
         blamed = verdict.blame is not Blame.UNDECIDED
         if not (right(kind, node, verdict) if kind == "input" else not blamed):
             wrong.append(f"seed {seed} {kind}: {verdict.blame} ({verdict.reason})")

@@ -1,4 +1,4 @@
-"""docs/faults.md shows the tables of the code. ``python -m tests.unit.test_faults_doc`` writes it."""
+"""docs/faults.md shows the code's tables; ``python -m tests.unit.test_faults_doc`` writes them."""
 
 from __future__ import annotations
 
