@@ -14,8 +14,12 @@ UPLOAD_TIMEOUT_S = 60.0
 """Within it a body has to arrive; a slower client is answered 408."""
 
 _LOOP_BYTES = 256 * 1024
-"""More than this is packed or unpacked on a thread: zlib lets go of the interpreter meanwhile."""
+"""More than this is packed on a thread: zlib lets go of the interpreter meanwhile."""
+_UNPACK_LOOP_BYTES = 4096
+"""A packed body may unpack to a thousand times its size, so less of it is done on the loop."""
 _PACK_MIN_BYTES = 256
+_MEMBERS_MAX = 64
+"""Of a gzip body. Each costs a copy of what follows it, so millions of them would be an attack."""
 
 
 async def read_body(request: web.BaseRequest, limit_bytes: int) -> bytes:
@@ -53,8 +57,7 @@ async def read_body(request: web.BaseRequest, limit_bytes: int) -> bytes:
         raise _too_large(limit_bytes)
     if not encoding or encoding == "identity":
         return body
-    if len(body) <= _LOOP_BYTES // 16:
-        # Small, but it may still blow up: the bound on what comes out is the loop's protection.
+    if len(body) <= _UNPACK_LOOP_BYTES:
         return unpack(body, encoding, limit_bytes)
     return await asyncio.to_thread(unpack, body, encoding, limit_bytes)
 
@@ -99,7 +102,7 @@ def unpack(body: bytes, encoding: str, limit_bytes: int) -> bytes:
     out = b""
     rest = body
     try:
-        while True:
+        for _ in range(_MEMBERS_MAX):
             unpacker = zlib.decompressobj(window)
             out += unpacker.decompress(rest, limit_bytes + 1 - len(out))
             if len(out) > limit_bytes:
@@ -111,6 +114,7 @@ def unpack(body: bytes, encoding: str, limit_bytes: int) -> bytes:
                 return out
             if encoding == "deflate":
                 raise BadRequest("the body goes on after its deflate data")
+        raise BadRequest(f"the body has over {_MEMBERS_MAX} gzip members")
     except zlib.error as exc:
         raise BadRequest(f"the body is not {encoding} data") from exc
 

@@ -104,6 +104,8 @@ class InferEndpoint:
             limits = self.published.serving.table.route(model).limits
             body = await read_body(request, limits.max_body_mb * 1_000_000)
 
+            # The clock starts with the whole request: how long its upload took is the client's.
+            began_s = loop.time()
             # From here on the request knows this one table, and nothing waits until its
             # inference is in the servable's hands: a drain cannot pass in between.
             published = self.published

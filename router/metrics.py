@@ -78,7 +78,7 @@ class Metrics:
             (*route, "outcome"), registry=self.registry,
         )  # fmt: skip
         self._duration = Histogram(
-            PREFIX + "request_duration_seconds", "Time from the request's head to its answer.",
+            PREFIX + "request_duration_seconds", "Time from a request's last byte to its answer.",
             route, registry=self.registry, buckets=_LATENCY_BUCKETS_S,
         )  # fmt: skip
         self._queue = Histogram(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from registry.names import ModelName
@@ -57,22 +58,15 @@ class _Header:
     equals: str | None
     prefix: str | None
 
-    def takes(self, headers: Headers) -> bool:
-        value = headers.get(self.name)
-        if value is None:
-            return False
-        if self.equals is not None:
-            return value == self.equals
-        return self.prefix is None or value.startswith(self.prefix)
-
 
 @dataclass(frozen=True, slots=True)
-class _User:
-    match: Match
+class _Users:
+    """Neighbouring user rules with one source of ids: it is read, and hashed, once for all."""
+
     header: str | None
     claim: str | None
-    threshold: int
-    """Buckets below it are in."""
+    rules: tuple[tuple[int, Match], ...]
+    """Buckets below the number are in."""
 
     def user_id(self, headers: Headers, claims: Mapping[str, Any] | None) -> str | None:
         """Return the id, or ``None`` when the request has none (or an empty one)."""
@@ -85,10 +79,16 @@ class _User:
 @dataclass(frozen=True, slots=True)
 class _Region:
     match: Match
-    header: str
-    regions: frozenset[str]
     threshold: int
     share: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Regions:
+    """Neighbouring region rules that look at one header, by the region they name."""
+
+    header: str
+    by_region: Mapping[str, tuple[_Region, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,8 @@ class CompiledRules:
     model: ModelName
     written: tuple[Rule, ...]
     _headers: tuple[_Header, ...]
-    _users: tuple[_User, ...]
-    _regions: tuple[_Region, ...]
+    _users: tuple[_Users, ...]
+    _regions: tuple[_Regions, ...]
     _percents: tuple[_Percent, ...]
 
     def decide(self, headers: Headers, claims: Mapping[str, Any] | None, chance: float) -> Verdict:
@@ -117,33 +117,40 @@ class CompiledRules:
         chance: drawn by the caller for this request, uniform in [0, 1).
         """
         for header in self._headers:
-            if header.takes(headers):
+            value = headers.get(header.name)
+            if value is None:
+                continue
+            if header.equals is not None:
+                if value == header.equals:
+                    return Verdict(header.match, None)
+            elif header.prefix is None or value.startswith(header.prefix):
                 return Verdict(header.match, None)
         seen: str | None = None
         bucket: int | None = None
-        for user in self._users:
-            user_id = user.user_id(headers, claims)
-            if user_id is not None:
-                if user_id != seen:
-                    seen, bucket = user_id, user_bucket(self.model, user_id)
-                if bucket is not None and bucket < user.threshold:
-                    return Verdict(user.match, bucket)
-        for region in self._regions:
-            if headers.get(region.header) not in region.regions:
+        for users in self._users:
+            user_id = users.user_id(headers, claims)
+            if user_id is None:
                 continue
-            if region.share >= 1.0:
-                return Verdict(region.match, bucket)
-            user_id = self._region_user(headers, claims)
-            if user_id is not None:
-                if user_id != seen:
-                    seen, bucket = user_id, user_bucket(self.model, user_id)
-                if bucket is not None and bucket < region.threshold:
+            if bucket is None or user_id != seen:
+                seen, bucket = user_id, user_bucket(self.model, user_id)
+            for threshold, match in users.rules:
+                if bucket < threshold:
+                    return Verdict(match, bucket)
+        for regions in self._regions:
+            for region in regions.by_region.get(headers.get(regions.header, ""), ()):
+                if region.share >= 1.0:
                     return Verdict(region.match, bucket)
-            elif chance < region.share:
-                return Verdict(region.match, bucket)
-            else:
-                # What is left of the number is uniform again: the next rule gets its own dice.
-                chance = (chance - region.share) / (1.0 - region.share)
+                user_id = self._region_user(headers, claims)
+                if user_id is not None:
+                    if bucket is None or user_id != seen:
+                        seen, bucket = user_id, user_bucket(self.model, user_id)
+                    if bucket < region.threshold:
+                        return Verdict(region.match, bucket)
+                elif chance < region.share:
+                    return Verdict(region.match, bucket)
+                else:
+                    # What is left of the number is uniform again: the next rule has its own dice.
+                    chance = (chance - region.share) / (1.0 - region.share)
         for percent in self._percents:
             if chance < percent.share or percent.share >= 1.0:
                 return Verdict(percent.match, bucket)
@@ -156,10 +163,10 @@ class CompiledRules:
         if certain.match is not None:
             return 1.0
         left = 1.0
-        has_user = self._region_user(headers, claims) is not None
-        for region in self._regions:
-            if not has_user and headers.get(region.header) in region.regions:
-                left *= 1.0 - region.share
+        if self._region_user(headers, claims) is None:
+            for regions in self._regions:
+                for region in regions.by_region.get(headers.get(regions.header, ""), ()):
+                    left *= 1.0 - region.share
         for percent in self._percents:
             left *= 1.0 - percent.share
         return 1.0 - left
@@ -177,8 +184,8 @@ _UNLUCKY = 1.0
 def compile_rules(model: ModelName, rules: Sequence[Rule]) -> CompiledRules:
     """Sort ``rules`` by kind and prepare what each needs per request."""
     headers: list[_Header] = []
-    users: list[_User] = []
-    regions: list[_Region] = []
+    users: list[tuple[UserRule, Match]] = []
+    regions: list[tuple[RegionRule, Match]] = []
     percents: list[_Percent] = []
     for index, rule in enumerate(rules):
         match rule:
@@ -187,27 +194,40 @@ def compile_rules(model: ModelName, rules: Sequence[Rule]) -> CompiledRules:
                 headers.append(_Header(found, rule.name.lower(), rule.equals, rule.prefix))
             case UserRule():
                 source = f"header {rule.header}" if rule.header else f"claim {rule.claim}"
-                found = Match("user", index, f"{source}, {rule.percent:g} %")
-                header = rule.header.lower() if rule.header else None
-                users.append(_User(found, header, rule.claim, _threshold(rule.percent)))
+                users.append((rule, Match("user", index, f"{source}, {rule.percent:g} %")))
             case RegionRule():
                 names = ", ".join(rule.regions)
-                found = Match("region", index, f"{rule.header} in {names}, {rule.percent:g} %")
-                regions.append(
-                    _Region(
-                        found,
-                        rule.header.lower(),
-                        frozenset(rule.regions),
-                        _threshold(rule.percent),
-                        rule.percent / 100,
-                    )
-                )
+                detail = f"{rule.header} in {names}, {rule.percent:g} %"
+                regions.append((rule, Match("region", index, detail)))
             case PercentRule():
                 found = Match("percent", index, f"{rule.percent:g} % by chance")
                 percents.append(_Percent(found, rule.percent / 100))
     return CompiledRules(
-        model, tuple(rules), tuple(headers), tuple(users), tuple(regions), tuple(percents)
+        model, tuple(rules), tuple(headers), _by_source(users), _by_header(regions), tuple(percents)
     )
+
+
+def _by_source(rules: Sequence[tuple[UserRule, Match]]) -> tuple[_Users, ...]:
+    def source(entry: tuple[UserRule, Match]) -> tuple[str | None, str | None]:
+        header = entry[0].header
+        return (None if header is None else header.lower(), entry[0].claim)
+
+    return tuple(
+        _Users(header, claim, tuple((_threshold(rule.percent), match) for rule, match in group))
+        for (header, claim), group in groupby(rules, source)
+    )
+
+
+def _by_header(rules: Sequence[tuple[RegionRule, Match]]) -> tuple[_Regions, ...]:
+    groups: list[_Regions] = []
+    for header, group in groupby(rules, lambda entry: entry[0].header.lower()):
+        by_region: dict[str, tuple[_Region, ...]] = {}
+        for rule, match in group:
+            region = _Region(match, _threshold(rule.percent), rule.percent / 100)
+            for name in dict.fromkeys(rule.regions):
+                by_region[name] = (*by_region.get(name, ()), region)
+        groups.append(_Regions(header, by_region))
+    return tuple(groups)
 
 
 def _header_detail(rule: HeaderRule) -> str:

@@ -38,8 +38,10 @@ _INT_RANGE: Mapping[str, tuple[int, int]] = {
     for dtype in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 }
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
-_WORDS = {int: "an integer", float: "a float", bool: "a boolean", str: "text", list: "a list",
-          dict: "an object", type(None): "null"}  # fmt: skip
+_WORDS: Mapping[type, str] = {
+    int: "an integer", float: "a float", bool: "a boolean", str: "text", list: "a list",
+    dict: "an object", type(None): "null",
+}  # fmt: skip
 _MAX_RANK = 32
 _MAX_ELEMENTS = 2**40
 _LENGTH = struct.Struct("<I")

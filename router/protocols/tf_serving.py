@@ -95,7 +95,7 @@ def _from_rows(rows: list[object], signature: Signature) -> dict[str, object]:
 
 
 def _is_b64(item: Mapping[str, object]) -> bool:
-    return item.keys() == {"b64"}
+    return len(item) == 1 and "b64" in item
 
 
 def _length(value: Any) -> int | None:

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import time
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -26,6 +27,7 @@ from registry.names import ModelName, Revision
 from registry.spec import HeaderRule, Limits
 from router import http_body
 from router.app import App
+from router.errors import BodyTooLarge
 from router.rules import compile_rules
 from router.serving import Serving
 from router.table import Route
@@ -337,6 +339,19 @@ async def test_bodies_over_the_limit(http: aiohttp.ClientSession) -> None:
         assert (await post(http, url + INFER))[0] == 200
 
 
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_a_bomb_takes_no_more_memory_than_the_limit(coding: str) -> None:
+    window = zlib.MAX_WBITS | 16 if coding == "gzip" else zlib.MAX_WBITS
+    bomb = zlib.compress(bytes(50_000_000), wbits=window)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BodyTooLarge):
+            http_body.unpack(bomb, coding, 1_000_000)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
 async def test_a_declared_length_is_refused_before_it_arrives() -> None:
     async with running(Trio(max_body_mb=1).serving) as (_, url):
         reader, writer = await connect(url)
@@ -368,6 +383,7 @@ async def test_expect_continue_is_answered() -> None:
 ENCODED: dict[str, tuple[str, bytes, int]] = {
     "gzip": ("gzip", gzip.compress(TEXT), 200),
     "gzip in two members": ("gzip", gzip.compress(TEXT[:9]) + gzip.compress(TEXT[9:]), 200),
+    "gzip in 40 000 members": ("gzip", gzip.compress(b"") * 40_000, 400),
     "deflate": ("deflate", zlib.compress(TEXT), 200),
     "deflate without its wrapping": ("deflate", zlib.compress(TEXT)[2:-4], 200),
     "identity": ("identity", TEXT, 200),
