@@ -302,7 +302,7 @@ class _Attempt:
     def _unchanged(self, seen: list[SourceFile]) -> Path | None:
         """The entry of a source whose files all have the tags they had last time."""
         origin = self._origin()
-        if origin is None or any(file.tag is None for file in seen):
+        if origin is None or not all(file.is_exact for file in seen):
             return None
         if origin["tags"] != {file.name: f"{file.size} {file.tag}" for file in seen}:
             return None

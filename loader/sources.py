@@ -28,6 +28,7 @@ _LOCAL_SCHEMES = ("", "file", "local")
 _EXTRA_OF_SCHEME: Mapping[str, str] = {
     "s3": "s3", "s3a": "s3", "oss": "oss", "http": "http", "https": "http",
 }  # fmt: skip
+_EXACT_TAGS = ("ETag", "etag", "md5", "Content-MD5", "Digest", "checksum", "generation")
 _CONVENTIONAL = tuple(
     f"{stem}{suffix}"
     for stem in ("inference", "model")
@@ -44,7 +45,9 @@ class SourceFile:
     size: int
     """-1 when the source does not say."""
     tag: str | None
-    """Changes whenever the content does: etag, or inode and mtime. ``None``: nobody knows."""
+    """Changes when the content does: etag, or inode and times. ``None``: nobody knows."""
+    is_exact: bool = False
+    """Whether an equal tag proves equal content; a time, which ticks, does not."""
 
 
 class Source(Protocol):
@@ -212,8 +215,11 @@ class RemoteFolder:
         with _translated(f"{self.url}/{name}"):
             self._fs.invalidate_cache()
             info = cast("dict[str, Any]", self._fs.info(f"{self._path}/{name}"))
-            size = info.get("size")
-            return SourceFile(name, -1 if size is None else int(size), self._tag(name, info))
+            size = -1 if info.get("size") is None else int(info["size"])
+            exact = next((f"{key}:{info[key]}" for key in _EXACT_TAGS if info.get(key)), None)
+            if exact is not None:
+                return SourceFile(name, size, exact, is_exact=True)
+            return SourceFile(name, size, self._time(name, info))
 
     def chunks(self, name: str, offset: int) -> Iterator[bytes]:
         path = f"{self._path}/{name}"
@@ -230,12 +236,14 @@ class RemoteFolder:
         # Not exists(): over http that is a GET, and an answer of 503 means "no" to it.
         try:
             self._fs.info(f"{self._path}/{name}")
-        except FileNotFoundError:
+        except FileNotFoundError as exc:
+            if not _is_missing(exc):
+                raise
             return False
         return True
 
-    def _tag(self, name: str, info: Mapping[str, Any]) -> str | None:
-        for key in ("ETag", "etag", "md5", "checksum", "generation", "LastModified", "mtime"):
+    def _time(self, name: str, info: Mapping[str, Any]) -> str | None:
+        for key in ("LastModified", "Last-Modified", "last_modified", "mtime"):
             if info.get(key):
                 return f"{key}:{info[key]}"
         with contextlib.suppress(Exception):  # most backends have no such call
@@ -251,6 +259,8 @@ def _translated(what: str) -> Generator[None]:
     except (FetchFailed, AssertionError, NameError, AttributeError):
         raise
     except FileNotFoundError as exc:
+        if not _is_missing(exc):
+            raise FetchFailed(f"{what}: {exc.__cause__!r}") from exc
         raise FetchFailed(f"{what} does not exist", retryable=False) from exc
     except (NotADirectoryError, IsADirectoryError, PermissionError) as exc:
         raise FetchFailed(f"{what}: {exc.strerror or exc}", retryable=False) from exc
@@ -261,3 +271,13 @@ def _translated(what: str) -> Generator[None]:
         status = getattr(exc, "status", None)
         lasting = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
         raise FetchFailed(f"{what}: {type(exc).__name__}: {exc}", retryable=not lasting) from exc
+
+
+def _is_missing(exc: FileNotFoundError) -> bool:
+    """Whether the file is really not there: fsspec's http says so of every failed look-up too."""
+    cause = exc.__cause__
+    return (
+        cause is None
+        or isinstance(cause, FileNotFoundError)
+        or getattr(cause, "status", None) in (404, 410)
+    )

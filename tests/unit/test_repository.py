@@ -198,7 +198,7 @@ async def test_http(
     server.requests.clear()
     assert await repository().fetch(f"{server.url}/source") == first
     if has_etags:  # what has not changed is not read again
-        assert not [path for path in server.requests if path.endswith(".pdiparams")]
+        assert not [path for path in server.requests if path.endswith("inference.pdiparams")]
     make_mlp(source, tag=2)
     assert_copy_of(await repository().fetch(f"{server.url}/source"), source)
 
