@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,6 +28,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 """Loaded here: between fork and exec nothing may be imported."""
 
 _PORT_ATTEMPTS = 3
+_PORTS_TRIED = 100
+_FIRST_PORT = 20000
 
 
 class EtcdNotStarted(PaddlewheelError):
@@ -210,16 +213,33 @@ async def _spawn(
 
 
 def free_ports(*wanted: int) -> list[int]:
-    """A free loopback port for every 0 in ``wanted``, all different; other numbers as they are."""
+    """A free loopback port for every 0 in ``wanted``, all different; other numbers as they are.
+
+    Below the range from which the kernel takes ports for outgoing connections. In it, a client
+    that tries to reconnect while etcd is away may be given etcd's own port as its source, be
+    connected to itself, and keep etcd from listening again.
+    """
     with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        for port in wanted:
-            if port == 0:
-                probe = stack.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", 0))
-                port = int(probe.getsockname()[1])
-            ports.append(port)
-        return ports
+        return [port or _free_port(stack) for port in wanted]
+
+
+def _free_port(stack: contextlib.ExitStack) -> int:
+    """Bound until ``stack`` ends, so that the next one asked for is another."""
+    first_outgoing = _first_outgoing_port()
+    for _ in range(_PORTS_TRIED):
+        port = random.randrange(_FIRST_PORT, first_outgoing) if first_outgoing > _FIRST_PORT else 0
+        probe = stack.enter_context(socket.socket())
+        with contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise EtcdNotStarted(f"no free port found in {_PORTS_TRIED} attempts")
+
+
+def _first_outgoing_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        return 32768
 
 
 def _size(path: Path) -> int:
