@@ -420,7 +420,7 @@ async def test_half_a_copy_of_something_else_is_not_gone_on_with(
     (part,) = (tmp_path / "cache").glob(".partial/*/inference.pdiparams.part")
     pinned = {}
     if damage == "source":
-        make_mlp(source, tag=2)
+        make_mlp(source, seed=2)
     elif damage == "note":
         part.with_suffix(".note").write_bytes(b"{")
     elif damage == "longer part":  # a power cut can leave zeros behind what was synced
