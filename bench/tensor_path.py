@@ -87,7 +87,7 @@ async def measure(rounds: int) -> dict[str, Any]:
     await second.serve()
     id = ServableId(ModelName("mlp"), Version("1"), Digest("sha256:" + "0" * 64))
     pool = WorkerPool(
-        id, loaded.signature, [second], make_worker=zygote.spawn, on_fault=lambda *_: None
+        id, loaded.signature, [second], make_worker=zygote.spawn
     )
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()

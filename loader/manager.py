@@ -26,6 +26,7 @@ from loader.errors import FetchFailed, LoaderError, NotAdmitted, WorkerDied
 from loader.lifecycle import LOADED, State
 from loader.loading import Loading, Predecessor
 from loader.memory import required_mb
+from loader.oversight import FaultReport, Oversight
 from loader.plan import Order, aspire, is_pending, order_for
 from loader.policy import Aspiration, InForce, World
 from loader.pool import WorkerPool
@@ -444,7 +445,7 @@ class Manager:
             ready.signature,
             ready.workers,
             make_worker=loading.replacement,
-            on_fault=partial(self._fault, model, servable),
+            oversight=Oversight(on_fault=partial(self._fault, model, servable)),
             queue=limits.queue if limits else 256,
             hang_s=limits.hang_s if limits else 5.0,
         )
@@ -532,25 +533,19 @@ class Manager:
         if name in self._models:
             self._touch(name)
 
-    def _fault(
-        self,
-        model: _Model,
-        servable: Servable,
-        code: str,
-        fault_class: str,
-        message: str,
-        pid: int,
-    ) -> None:
-        servable.errors[code] += 1
+    def _fault(self, model: _Model, servable: Servable, report: FaultReport) -> bool:
+        fault = report.fault
+        servable.errors[fault.code] += 1
         log.warning(
             "servable_fault",
             servable=str(servable.id),
-            code=code,
-            fault_class=fault_class,
-            message=message,
-            pid=pid,
+            code=fault.code,
+            fault_class=fault.fault_class,
+            message=fault.message,
+            pid=report.pid,
         )
         self._touch_if_known(model.name)
+        return False
 
     def _quarantine(self, model: _Model, servable: Servable) -> None:
         servable.move(State.QUARANTINED, model.quarantined[servable.id.version].reason)

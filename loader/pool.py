@@ -8,10 +8,12 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakKeyDictionary
 
 from loader.errors import PredictorFault, WorkerDied
-from loader.fault_tables import HANDLING, FaultClass
+from loader.faults import Fault, FaultClass
 from loader.feeds import check_feeds
+from loader.oversight import FaultReport, Oversight
 from loader.worker import ORPHAN, Outcome, Worker
 from registry.inference import (
     Array,
@@ -19,6 +21,7 @@ from registry.inference import (
     DeadlineExceeded,
     Inference,
     Overloaded,
+    Poisonous,
     ServableFailed,
     Signature,
 )
@@ -35,8 +38,13 @@ while another one goes idle."""
 BACKOFF_FIRST_S = 0.25
 BACKOFF_MAX_S = 30.0
 REPLACE_TIMEOUT_S = 600.0
+BREAKER_AFTER = 3
+"""Failures in a row of every replica after which requests are refused at once, not queued."""
+
 HEALTHY_AFTER_S = 60.0
 """A worker that lived this long is replaced at once, whatever came before."""
+
+_POISONOUS = "this input ended workers of this model and is refused for {:.0f} s more"
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +63,8 @@ class _Seat:
     worker: Worker | None
     sat_down_s: float
     restarts: int = 0
+    next_try_s: float = 0.0
+    """When a replacement is tried again (loop time)."""
     failures: int = 0
     """In a row: deaths soon after the start, and replacements that could not be made."""
     requests: list[_Request] = field(default_factory=list[_Request])
@@ -97,20 +107,19 @@ class WorkerPool:
         workers: Sequence[Worker],
         *,
         make_worker: Callable[[], Awaitable[Worker]],
-        on_fault: OnFault,
+        oversight: Oversight | None = None,
         queue: int = 256,
         hang_s: float = 5.0,
     ) -> None:
         """workers: loaded, warm and serving; at least one.
 
         make_worker: gives another such worker, or raises; tried again with growing pauses.
-        on_fault: called from the loop; may call `retire`. Must not raise.
         queue: how many requests may wait for a worker, besides those sent to one.
         """
         self._id = id
         self._signature = signature
         self._make_worker = make_worker
-        self._on_fault = on_fault
+        self._oversight = oversight or Oversight()
         self._queue_max = queue
         self._hang_s = hang_s
         self._loop = asyncio.get_running_loop()
@@ -121,6 +130,8 @@ class WorkerPool:
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._on_idle: list[Callable[[], None]] = []
+        self._failures: WeakKeyDictionary[ServableFailed, FaultReport] = WeakKeyDictionary()
+        self._answered = 0
         self._runs = 0
         self._busy_s = 0.0
         self._run_s = 0.0
@@ -152,6 +163,13 @@ class WorkerPool:
         if self._retired:
             raise self._gone()
         now_s = self._loop.time()
+        refuses = self._oversight.refuses
+        if refuses is not None and (refused_s := refuses(feeds)) > 0:
+            raise Poisonous(_POISONOUS.format(refused_s))
+        if (broken_s := self._broken_s(now_s)) > 0:
+            raise Overloaded(
+                f"its workers keep failing: {self._last_error}", retry_after_s=broken_s
+            )
         if deadline_s <= now_s:
             raise DeadlineExceeded("the deadline had passed before the request was queued")
         request = _Request(feeds, self._loop.create_future(), now_s)
@@ -186,6 +204,22 @@ class WorkerPool:
     @property
     def is_retired(self) -> bool:
         return self._retired
+
+    @property
+    def answered(self) -> int:
+        """Requests answered well, ever."""
+        return self._answered
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether a request now has a worker, or one that is about to come."""
+        return not self._retired and self._broken_s(self._loop.time()) == 0.0
+
+    def proven(self, failure: ServableFailed) -> None:
+        """Another version answered the very request that failed here: it was not the input."""
+        report = self._failures.pop(failure, None)
+        if report is not None:
+            self._oversight.on_proven(report)
 
     def configure(self, *, queue: int, hang_s: float) -> None:
         """Take new limits; they hold for requests from now on."""
@@ -284,27 +318,40 @@ class WorkerPool:
         if isinstance(outcome, Inference):
             self._busy_s += outcome.run_s
             self._run_s += 0.1 * (outcome.run_s - self._run_s)
-            if not request.answer.done():
-                queue_s = max(0.0, self._loop.time() - request.queued_s - outcome.run_s)
-                request.answer.set_result(Inference(outcome.outputs, queue_s, outcome.run_s))
+            self._answer(seat, request, outcome)
         elif isinstance(outcome, PredictorFault):
             self._faulted(seat, request, outcome)
         else:
             _fail(request, outcome)
         self._pump()
 
-    def _faulted(self, seat: _Seat, request: _Request, fault: PredictorFault) -> None:
+    def _answer(self, seat: _Seat, request: _Request, inference: Inference) -> None:
+        waited_s = self._loop.time() - request.queued_s
+        queue_s = max(0.0, waited_s - inference.run_s)
+        answer = Inference(inference.outputs, queue_s, inference.run_s)
+        inspect = self._oversight.inspect
+        fault = inspect(answer, waited_s) if inspect is not None else None
+        if fault is not None and seat.worker is not None:
+            self._report(fault, seat.worker.pid, request, answer)
+            return
+        self._answered += 1
+        if not request.answer.done():
+            request.answer.set_result(answer)
+
+    def _faulted(self, seat: _Seat, request: _Request, raised: PredictorFault) -> None:
         assert seat.worker is not None
-        if HANDLING[FaultClass(fault.fault_class)].replaces_worker:
+        fault = Fault(raised.code, FaultClass(raised.fault_class), str(raised))
+        pid = seat.worker.pid
+        if fault.handling.replaces_worker:
             # Its device context is poisoned: what waits behind must not be run there.
             worker, seat.worker = seat.worker, None
             worker.kill()
             self._take_back(seat)
-            self._report(fault.code, fault.fault_class, str(fault), worker.pid)
+            self._last_error = str(fault.message)
+            self._report(fault, pid, request)
             self._replace(seat)
         else:
-            self._report(fault.code, fault.fault_class, str(fault), seat.worker.pid)
-        _fail(request, ServableFailed(str(fault), code=fault.code, fault_class=fault.fault_class))
+            self._report(fault, pid, request)
 
     def _expire(self, request: _Request) -> None:
         """The deadline passed: waiting requests leave the queue, running ones leave their run."""
@@ -346,11 +393,9 @@ class WorkerPool:
             if running is not None:
                 seat.requests.pop(0)
             self._take_back(seat)
-            message = f"worker {worker.pid} ended: {code}"
-            self._report(code, FaultClass.CRASH, message, worker.pid)
-            if running is not None:
-                crash = ServableFailed(message, code=code, fault_class=FaultClass.CRASH)
-                _fail(running, crash)
+            fault = Fault(code, FaultClass.CRASH, f"worker {worker.pid} ended: {code}")
+            self._last_error = fault.message
+            self._report(fault, worker.pid, running)
         self._replace(seat)
 
     def _take_back(self, seat: _Seat) -> None:
@@ -363,8 +408,44 @@ class WorkerPool:
         if self._retired:
             self.retire()
 
-    def _report(self, code: str, fault_class: str, message: str, pid: int) -> None:
-        self._on_fault(code, fault_class, message, pid)
+    def _report(
+        self, fault: Fault, pid: int, request: _Request | None, answer: Inference | None = None
+    ) -> None:
+        """Tell the overseer first, then the request that met the fault.
+
+        answer: what it would have been given, where it was given nothing for a bad answer.
+        """
+        report = FaultReport(fault, pid, request.feeds if request is not None else None)
+        is_poison = self._oversight.on_fault(report)
+        if request is None or request.answer.done():
+            return
+        if is_poison:
+            _fail(request, Poisonous(_POISONOUS.format(self._oversight_refusal_s(request))))
+            return
+        failed = ServableFailed(
+            fault.message, code=fault.code, fault_class=fault.fault_class, answer=answer
+        )
+        self._failures[failed] = report
+        _fail(request, failed)
+
+    def _oversight_refusal_s(self, request: _Request) -> float:
+        refuses = self._oversight.refuses
+        return refuses(request.feeds) if refuses is not None else 0.0
+
+    def _broken_s(self, now_s: float) -> float:
+        """The breaker: how long until a crash loop gets its next worker; 0 while there is one."""
+        if any(seat.worker is not None or seat.failures < BREAKER_AFTER for seat in self._seats):
+            return 0.0
+        return max(0.1, min(seat.next_try_s for seat in self._seats) - now_s)
+
+    def _give_up_waiting(self) -> None:
+        """With the breaker open nobody waits in vain: what is queued is answered now."""
+        broken_s = self._broken_s(self._loop.time())
+        while broken_s > 0 and self._queue:
+            _, request = self._queue.popitem(last=False)
+            _fail(request, ServableFailed(
+                f"its workers keep failing: {self._last_error}", code="BROKEN", fault_class="retired"
+            ))  # fmt: skip
 
     def _replace(self, seat: _Seat) -> None:
         self._pump()
@@ -380,8 +461,10 @@ class WorkerPool:
         while not self._retired:
             if seat.failures:
                 pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (seat.failures - 1))
-                # Replicas that died together do not load together.
-                await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+                pause_s *= random.uniform(0.8, 1.2)  # those that died together do not load together
+                seat.next_try_s = self._loop.time() + pause_s
+                self._give_up_waiting()
+                await asyncio.sleep(pause_s)
             seat.failures += 1
             try:
                 async with asyncio.timeout(REPLACE_TIMEOUT_S):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from loader import wire
 from loader.arena import ArenaFull, OutOfBounds, Slot
+from loader.drills import Order
 from loader.errors import LoadFailed, NotAdmitted, PredictorFault, WorkerDied
 from loader.fault_tables import FaultClass
 from loader.recipe import Recipe
@@ -175,13 +176,21 @@ class Worker:
         self.submit(feeds, on_done, hang_s=timeout_s)
         return await answer
 
-    def submit(self, feeds: Mapping[str, Array], on_done: OnDone, *, hang_s: float) -> None:
+    def submit(
+        self,
+        feeds: Mapping[str, Array],
+        on_done: OnDone,
+        *,
+        hang_s: float,
+        drill: Order | None = None,
+    ) -> None:
         """Send one request; a slot must be free (``in_flight < depth``).
 
         on_done: called once, from the loop, with an `Inference` whose arrays are the caller's own,
             or with `BadInput`, `PredictorFault`, `WorkerDied`.
         hang_s: a run longer than this ends the worker (``HANG``), counted from when the worker
             was free to begin with it.
+        drill: what this run is to do instead.
         Raises `BadInput` when the tensors do not fit into an arena or cannot travel, `WorkerDied`.
         """
         if not self.is_alive:
@@ -193,13 +202,15 @@ class Worker:
         try:
             places = slot.input.write(feeds.items())
             self._last_id += 1
-            message = {
+            message: dict[str, Any] = {
                 "op": "run",
                 "id": self._last_id,
                 "slot": index,
                 "arena_bytes": slot.input.size_bytes,
                 "inputs": wire.placed_json(places),
             }
+            if drill is not None:
+                message["drill"] = drill.as_json()
             data = wire.packed(message)
         except (ArenaFull, TypeError, Nonsense) as exc:
             self._free.append(index)

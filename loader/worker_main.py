@@ -24,6 +24,7 @@ from paddle.base import core
 
 from loader import wire
 from loader.arena import ArenaFull, Placed, Slot
+from loader.drill_effects import after_run, before_run
 from loader.errors import LoaderError, LoadFailed, NotAdmitted
 from loader.feeds import check_feeds
 from loader.model_files import choose_in
@@ -167,8 +168,13 @@ class WorkerProcess:
                 name: slot.input.view(Placed(name, dtype, tuple(shape), offset))
                 for name, dtype, shape, offset in message["inputs"]
             }
+            drill = message.get("drill")
             started_s = time.perf_counter()
+            if drill is not None:
+                before_run(drill)
             outputs = self._predictor.run(feeds)
+            if drill is not None:
+                outputs = after_run(drill, outputs)
             run_s = time.perf_counter() - started_s
             places = slot.output.write(outputs.items())
         except Exception as exc:  # what is raised here is for the front to judge, by its class

@@ -90,12 +90,17 @@ class ServableFailed(InferenceError):
     """The servable (not the request) failed; the same request may be run again elsewhere.
 
     ``code`` and ``fault_class`` are those of `loader.faults`: ``"700"``, ``"sticky"``.
+    ``answer``: what it answered, where that was held back (a NaN); given after all when every
+    other version answers the same.
     """
 
-    def __init__(self, message: str, *, code: str, fault_class: str) -> None:
+    def __init__(
+        self, message: str, *, code: str, fault_class: str, answer: Inference | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.fault_class = fault_class
+        self.answer = answer
 
 
 class Predictor(Protocol):
@@ -114,6 +119,10 @@ class Predictor(Protocol):
         deadline_s: the event loop's time (``loop.time()``) after which nobody waits any more.
         Raises `InferenceError` only; any number of calls may be under way at once.
         """
+        ...
+
+    def proven(self, failure: ServableFailed) -> None:
+        """Say that another version answered the very request that ``failure`` was raised for."""
         ...
 
 

@@ -58,11 +58,16 @@ async def dispatch(
         try:
             inference = await serving.predictors[again.servable].infer(feeds, deadline_s=deadline_s)
         except ServableFailed as second:
+            if first.answer is not None and second.answer is not None:
+                # Both gave it and both were held back: it is what this input leads to.
+                return Served(first.answer, choice, 1)
             raise Overloaded(
                 f"model {choice.servable.model!r} failed twice on this request: "
                 f"{first}; then {second}",
                 retry_after_s=RETRY_AFTER_S,
             ) from second
+        if again.servable != choice.servable:
+            predictor.proven(first)
         return Served(inference, again, 1)
 
 

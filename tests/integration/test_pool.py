@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from loader import pool as pool_module
+from loader.oversight import FaultReport, Oversight
 from loader.pool import WorkerPool
 from loader.worker import ORPHAN, Worker
 from loader.zygote import Zygote
@@ -56,6 +57,10 @@ class Bench:
 MakeBench = Callable[..., Awaitable[Bench]]
 
 
+def told(report: FaultReport) -> tuple[str, str, str, int]:
+    return report.fault.code, report.fault.fault_class, report.fault.message, report.pid
+
+
 @pytest_asyncio.fixture
 async def bench() -> AsyncIterator[MakeBench]:
     made: list[Bench] = []
@@ -67,10 +72,11 @@ async def bench() -> AsyncIterator[MakeBench]:
 
         then: list[Callable[[], None]] = []
 
-        def on_fault(code: str, fault_class: str, message: str, pid: int) -> None:
-            faults.append((code, fault_class, message, pid))
+        def on_fault(report: FaultReport) -> bool:
+            faults.append(told(report))
             for call in then:
                 call()
+            return False
 
         async def make_worker() -> Worker:
             if not spare:
@@ -80,7 +86,7 @@ async def bench() -> AsyncIterator[MakeBench]:
 
         pool = WorkerPool(
             ID, SIGNATURE, [peer.worker for peer in peers], make_worker=make_worker,
-            on_fault=on_fault, queue=queue, hang_s=hang_s,
+            oversight=Oversight(on_fault=on_fault), queue=queue, hang_s=hang_s,
         )  # fmt: skip
         made.append(Bench(pool, peers, faults, spare, then))
         return made[-1]
@@ -410,9 +416,14 @@ async def test_workers_killed_under_load_cost_only_what_they_ran(tmp_path: Path)
     zygote = Zygote()
     workers = [await serving(zygote, folder) for _ in range(2)]
     faults: list[tuple[str, str, str, int]] = []
+
+    def on_fault(report: FaultReport) -> bool:
+        faults.append(told(report))
+        return False
+
     pool = WorkerPool(
         ID, SIGNATURE, workers, make_worker=lambda: serving(zygote, folder),
-        on_fault=lambda *fault: faults.append(fault), queue=64,
+        oversight=Oversight(on_fault=on_fault), queue=64,
     )  # fmt: skip
     loop = asyncio.get_running_loop()
     answered = failed = 0
@@ -456,7 +467,7 @@ async def test_opening_and_closing_pools_leaves_nothing(tmp_path: Path):
     for _ in range(4):
         worker = await serving(zygote, folder)
         pool = WorkerPool(
-            ID, SIGNATURE, [worker], make_worker=zygote.spawn, on_fault=lambda *_: None
+            ID, SIGNATURE, [worker], make_worker=zygote.spawn
         )
         loop = asyncio.get_running_loop()
         await pool.infer({"x": rows(5000)}, deadline_s=loop.time() + 10)
