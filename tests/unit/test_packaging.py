@@ -30,7 +30,8 @@ COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 IMPORT_NAMES = {
     "grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml", "pillow": "PIL",
-    "python-ulid": "ulid", "paddlepaddle": "paddle", "paddlepaddle-gpu": "paddle", "nvidia-ml-py": "pynvml",
+    "python-ulid": "ulid", "paddlepaddle": "paddle", "paddlepaddle-gpu": "paddle",
+    "nvidia-ml-py": "pynvml",
 }  # fmt: skip
 
 
