@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import importlib.util
 import os
 import random
@@ -17,15 +16,12 @@ from typing import IO
 
 import structlog
 
+from paddlewheel.parentage import end_with_parent
 from registry.errors import PaddlewheelError
 from registry.etcd import EtcdSettings, EtcdStore
 from registry.store import StoreError
 
 log = structlog.get_logger("paddlewheel.embedded_etcd")
-
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
-"""Loaded here: between fork and exec nothing may be imported."""
 
 _PORT_ATTEMPTS = 3
 _PORTS_TRIED = 100
@@ -116,6 +112,11 @@ class EmbeddedEtcd:
                 raise
         log.info("etcd_started", endpoint=self.endpoint, pid=self.pid, folder=str(self._folder))
 
+    async def ended(self) -> None:
+        """Wait until the process has ended, by itself or not; at once when none was started."""
+        if self._process is not None:
+            await self._process.wait()
+
     async def stop(self, *, keep_folder: bool = False) -> None:
         """SIGTERM, SIGKILL when that is not enough; nothing when it is not running."""
         process, self._process = self._process, None
@@ -190,14 +191,6 @@ class EmbeddedEtcd:
 async def _spawn(
     binary: Path, arguments: tuple[str, ...], log_file: IO[bytes]
 ) -> asyncio.subprocess.Process:
-    parent = os.getpid()
-
-    def end_with_parent() -> None:
-        # SIGTERM and not SIGKILL: etcd 3.5.0 to 3.5.2 may lose writes when killed under load.
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)  # The parent died before it could be watched.
-
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ETCD_")}
     return await asyncio.create_subprocess_exec(
         binary,
@@ -208,7 +201,8 @@ async def _spawn(
         env=environment,
         # A Ctrl-C in the terminal is for us; etcd goes last.
         start_new_session=True,
-        preexec_fn=end_with_parent,
+        # SIGTERM and not SIGKILL: etcd 3.5.0 to 3.5.2 may lose writes when killed under load.
+        preexec_fn=end_with_parent(signal.SIGTERM),
     )
 
 
