@@ -1,0 +1,453 @@
+"""One real `paddlewheel node` (or `up`) as a process, its etcd, and judged traffic on it.
+
+Whatever a test does, nothing outlives it: everything ends by its pid, and so it does when the
+test process itself is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+
+from paddlewheel.bench.checks import infer_body, outputs_of_version
+from paddlewheel.bench.load import Verify, http_request
+from paddlewheel.bench.load_process import LoadProcess, Plan, PlannedRequest
+from paddlewheel.bench.samples import Result
+from paddlewheel.models import make_mlp, reference
+from paddlewheel.parentage import end_with_parent
+from registry.etcd import EtcdSettings, EtcdStore
+from registry.keys import Keys
+from registry.names import ModelName, NodeId, Revision
+from registry.records import HistoryEntry, ModelStatus
+from registry.store import KeyValue, Store
+from tests.eventually import eventually
+
+KEYS = Keys()
+MLP = ModelName("mlp")
+OUTPUT = "fetch_name_0"
+READY_WITHIN_S = 60.0
+SERVES_WITHIN_S = 40.0
+"""From a start to the first answer: Paddle's import from a cold disk is most of it."""
+_ROOT = Path(__file__).parent.parent
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kin:
+    """A process as it was seen once, told from a later one with its pid."""
+
+    pid: int
+    started_s: float
+    name: str
+
+    @property
+    def is_alive(self) -> bool:
+        """A zombie is not: it only waits for whoever adopted it."""
+        try:
+            process = psutil.Process(self.pid)
+            return (
+                process.create_time() == self.started_s
+                and process.status() != psutil.STATUS_ZOMBIE
+            )
+        except psutil.NoSuchProcess:
+            return False
+
+
+def descendants(pid: int) -> list[Kin]:
+    """All processes below ``pid``."""
+    found: list[Kin] = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(Kin(child.pid, child.create_time(), child.name()))
+    return found
+
+
+class Command:
+    """``paddlewheel ...`` that stays: its ready line, its log, its processes."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log_path: Path) -> None:
+        self.process = process
+        self.log_path = log_path
+        self.ready: dict[str, Any] = {}
+        self._kin: set[Kin] = set()
+
+    @classmethod
+    async def start(
+        cls, arguments: Sequence[str], folder: Path, *, environment: Mapping[str, str] | None = None
+    ) -> Command:
+        """Start it and read its ready line; fails the test, with the log's end, without one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        log_path = folder / f"{len(list(folder.glob('*.log')))}.log"
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PADDLEWHEEL_")}
+        state = {"XDG_STATE_HOME": str(folder / "state")}
+        with log_path.open("wb") as log_file:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "paddlewheel", *arguments,
+                cwd=_ROOT,
+                env=kept | state | dict(environment or {}),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log_file,
+                start_new_session=True,
+                preexec_fn=end_with_parent(signal.SIGKILL),
+            )  # fmt: skip
+        command = cls(process, log_path)
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(READY_WITHIN_S):
+                line = await process.stdout.readline()
+            command.ready = json.loads(line)
+        except BaseException as exc:
+            await command.end()
+            raise AssertionError(f"no ready line; the log ends with:\n{command.tail()}") from exc
+        return command
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def http(self) -> str:
+        return str(self.ready["http"])
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.returncode is None
+
+    def kin(self) -> list[Kin]:
+        """The processes below it now; all that were ever asked for end with `end`."""
+        now: list[Kin] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            now = descendants(self.pid)
+        self._kin.update(now)
+        return now
+
+    def named(self, name: str) -> list[Kin]:
+        return [kin for kin in self.kin() if kin.name == name]
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)  # not send_signal: that may take the exit status away
+
+    async def wait(self, within_s: float) -> int:
+        """The exit status; fails the test when there is none in time."""
+        try:
+            async with asyncio.timeout(within_s):
+                return await self.process.wait()
+        except TimeoutError:
+            raise AssertionError(f"still running after {within_s:g} s\n{self.tail()}") from None
+
+    async def stop(self, within_s: float = 15.0) -> int:
+        """SIGTERM, and the exit status."""
+        if self.is_running:
+            self.kin()
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGTERM)
+        return await self.wait(within_s)
+
+    async def end(self) -> None:
+        """Whatever state it is in, nothing of it is left."""
+        if self.is_running:
+            try:
+                await self.stop(10)
+            except AssertionError:
+                self.signal(signal.SIGKILL)
+                await self.process.wait()
+        for kin in self._kin:
+            if kin.is_alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(kin.pid, signal.SIGKILL)
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The events of the log, oldest first; of this name only when one is given."""
+        found: list[dict[str, Any]] = []
+        for line in self.log_path.read_bytes().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                event: Any = json.loads(line)
+                if isinstance(event, dict) and name in (None, event.get("event")):
+                    found.append(event)
+        return found
+
+    def tail(self) -> str:
+        return self.log_path.read_bytes()[-3000:].decode(errors="replace")
+
+
+class Node(Command):
+    """A node. ``id`` and ``folder`` outlive a restart."""
+
+    id = NodeId("n1")
+
+    @property
+    def lease(self) -> int:
+        """The lease that the node believes to hold, 0 without one; by its log."""
+        for event in reversed(self.events()):
+            if event["event"] == "lease_lost":
+                return 0
+            if event["event"] == "lease_granted":
+                return int(event["lease"], 16)
+        return 0
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        """Status and JSON of a GET, over a connection of its own."""
+        return await http_get(f"{self.http}{path}")
+
+
+async def http_get(url: str) -> tuple[int, Any]:
+    timeout = aiohttp.ClientTimeout(total=10)
+    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
+        return answer.status, await answer.json()
+
+
+@asynccontextmanager
+async def node(
+    etcd: Sequence[str], folder: Path, *flags: str, lease_ttl_s: int = 2, listen: str = "127.0.0.1:0"
+) -> AsyncIterator[Node]:
+    """A running node; its cache is ``folder/cache``, so the same folder makes it the same node."""
+    started = await Node.start(
+        (
+            "node", "--etcd", ",".join(etcd), "--id", Node.id, "--listen", listen,
+            "--device", "cpu", "--cache", str(folder / "cache"),
+            "--lease-ttl", str(lease_ttl_s), *flags,
+        ),
+        folder,
+    )  # fmt: skip
+    assert isinstance(started, Node)
+    try:
+        yield started
+    finally:
+        await started.end()
+
+
+@asynccontextmanager
+async def store_of(endpoints: Iterable[str]) -> AsyncIterator[EtcdStore]:
+    """A plain client of etcd, apart from everything that the node has."""
+    store = EtcdStore.connect(EtcdSettings(tuple(endpoints), timeout_s=10))
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+# --- shared memory ----------------------------------------------------------------------------
+
+_MEMFD = re.compile(rb"([0-9a-f]+:[0-9a-f]+) (\d+) +/memfd:pw-")
+
+
+def memfds(pid: int) -> set[bytes]:
+    """Identities (``device inode``) of the arenas that a process has mapped."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_bytes()
+    except (OSError, ValueError):
+        return set()
+    return {b" ".join(found) for found in _MEMFD.findall(maps)}
+
+
+def holders(wanted: set[bytes]) -> list[int]:
+    """The processes of this machine that have one of these mapped or open."""
+    inodes = {int(identity.split()[1]) for identity in wanted}
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (
+            memfds(int(entry.name)) & wanted or _open_memfds(entry) & inodes
+        ):
+            found.append(int(entry.name))
+    return found
+
+
+def _open_memfds(process: Path) -> set[int]:
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(descriptor).startswith("/memfd:pw-"):
+                    found.add(descriptor.stat().st_ino)
+    return found
+
+
+# --- models, documents ------------------------------------------------------------------------
+
+
+@dataclass
+class Models:
+    """Versions of one MLP, told apart by the last column of every answer, and their document."""
+
+    folder: Path
+    versions: Sequence[str] = ("1", "2")
+    name: ModelName = MLP
+    spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """More of the document's ``spec``."""
+
+    def __post_init__(self) -> None:
+        for version in self.versions:
+            make_mlp(self.source(version), seed=int(version), tag=float(version))
+
+    def source(self, version: str) -> Path:
+        return self.folder / self.name / version
+
+    def document(self, live: str, **labels: str) -> bytes:
+        return json.dumps(
+            {
+                "apiVersion": "paddlewheel/v1",
+                "kind": "Model",
+                "metadata": {"name": self.name, "labels": labels},
+                "spec": {
+                    "live": live,
+                    "versions": [
+                        {"version": v, "source": str(self.source(v))} for v in self.versions
+                    ],
+                    **self.spec,
+                },
+            }
+        ).encode()
+
+    async def put(self, store: Store, live: str, **labels: str) -> Revision:
+        """What ``etcdctl put`` does."""
+        return await store.put(KEYS.model(self.name), self.document(live, **labels))
+
+    def requests(self) -> tuple[PlannedRequest, ...]:
+        """The same input as JSON and as raw bytes; any version may answer, but only as itself."""
+        x = np.random.default_rng(7).standard_normal((2, 64), dtype=np.float32)
+        expected = {v: reference(self.source(v), x).tolist() for v in self.versions}
+        planned: list[PlannedRequest] = []
+        for kind in ("json", "binary"):
+            headers, body = infer_body({"x": x}, binary=kind == "binary")
+            data = http_request("POST", f"/v2/models/{self.name}/infer", body, headers=headers)
+            planned.append(
+                PlannedRequest(
+                    kind, data, judge="tests.node:judge", judge_args={"expected": expected}
+                )
+            )
+        return tuple(planned)
+
+
+def judge(expected: Mapping[str, Any]) -> Verify:
+    """Called in the load generator's process: the numbers of the version that the answer names."""
+    return outputs_of_version(
+        {v: {OUTPUT: np.asarray(rows, np.float32)} for v, rows in expected.items()}
+    )
+
+
+# --- traffic ----------------------------------------------------------------------------------
+
+
+class Traffic:
+    """Steady requests from another process; ``result`` is there once they ended."""
+
+    def __init__(self, process: LoadProcess) -> None:
+        self._process = process
+        self.result: Result | None = None
+
+    async def stop(self) -> Result:
+        if self.result is None:
+            self.result = await self._process.stop()
+        return self.result
+
+
+@asynccontextmanager
+async def traffic(
+    command: Command,
+    models: Models,
+    *,
+    rate_per_s: float = 80.0,
+    gap_max_s: float = 1.5,
+    timeout_s: float = 15.0,
+) -> AsyncIterator[Traffic]:
+    """Requests from here to the end of the block, which fails when a single one did.
+
+    gap_max_s: nor may there be so long a time without any answer.
+    """
+    host, _, port = command.http.removeprefix("http://").rpartition(":")
+    ticked = asyncio.Event()
+    plan = Plan(host, int(port), models.requests(), rate_per_s, 600.0, timeout_s=timeout_s)
+    process = await LoadProcess.start(plan, on_tick=lambda _: ticked.set())
+    try:
+        running = Traffic(process)
+        async with asyncio.timeout(20):
+            await ticked.wait()
+        yield running
+        result = await running.stop()
+    finally:
+        await process.kill()
+    assert not result.failed, (result.summary(), command.tail())
+    assert result.by(lambda sample: sample.name).keys() == {"json", "binary"}
+    assert len(result) > rate_per_s / 2
+    assert result.longest_gap_s() < gap_max_s, result.summary()
+
+
+# --- what etcd says of the node ---------------------------------------------------------------
+
+
+async def status_of(store: Store, model: ModelName = MLP) -> ModelStatus | None:
+    kv = await store.get(KEYS.status(model, Node.id))
+    return None if kv is None else ModelStatus.from_json(kv.value)
+
+
+async def until_applied(
+    store: Store, revision: Revision, *, model: ModelName = MLP, within_s: float = SERVES_WITHIN_S
+) -> ModelStatus:
+    """Until the node says that this document is in force."""
+    last: list[ModelStatus | None] = [None]
+
+    async def applied() -> bool:
+        last[0] = await status_of(store, model)
+        return last[0] is not None and last[0].applied_revision == revision
+
+    try:
+        await eventually(applied, within_s=within_s)
+    except AssertionError:
+        raise AssertionError(f"{revision} not in force within {within_s:g} s: {last[0]}") from None
+    assert last[0] is not None
+    return last[0]
+
+
+async def registration(store: Store) -> tuple[KeyValue | None, KeyValue | None]:
+    """The node's key and the MLP's status key."""
+    return await store.get(KEYS.node(Node.id)), await store.get(KEYS.status(MLP, Node.id))
+
+
+async def until_registered(store: Store, started: Node, *, within_s: float) -> None:
+    """Until both keys hang on the lease that the node holds now (not on one about to end)."""
+
+    async def holds() -> bool:
+        lease = started.lease
+        return bool(lease) and all(
+            kv is not None and kv.lease == lease for kv in await registration(store)
+        )
+
+    await eventually(holds, within_s=within_s, what="registered under a lease that is kept")
+
+
+async def check_applied(
+    store: Store, started: Node, revisions: Sequence[Revision], *, model: ModelName = MLP
+) -> None:
+    """Each of these documents was taken by the node and written to history, once, in order."""
+    accepted = [e["revision"] for e in started.events("document_accepted") if e["model"] == model]
+    assert accepted == list(revisions), "documents accepted"
+    swapped = [e["revision"] for e in started.events("route_swapped") if e["model"] == model]
+    assert sorted(swapped) == swapped, "routes swapped out of order"
+    assert set(swapped) <= set(revisions)
+    assert swapped[-1] == revisions[-1]
+
+    async def written() -> bool:
+        listing = await store.list_prefix(KEYS.history_prefix(model))
+        return [HistoryEntry.from_json(kv.value).revision for kv in listing.kvs] == list(revisions)
+
+    await eventually(written, within_s=10, what=f"history of {list(revisions)}")
+    last = await until_applied(store, revisions[-1], model=model, within_s=5)
+    assert last.accepted
+    assert last.revision == revisions[-1]
