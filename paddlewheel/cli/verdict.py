@@ -54,20 +54,27 @@ def judge(status: ModelStatus | None, revision: Revision, intent: Intent) -> Ver
         return Verdict(Standing.UNSEEN, f"has seen {seen}, not {revision}")
     if not status.accepted:
         return Verdict(Standing.REFUSED, _refusal(status))
-    if status.applied_revision is None or status.applied_revision < revision:
-        wanted = [version for version in (intent.live, intent.canary) if version is not None]
-        lost = _lost(status.servables, wanted)
-        if lost is not None:
-            return Verdict(Standing.FAILED, lost)
-        return Verdict(Standing.LOADING, _progress(status.servables, wanted))
-    if (status.live, status.canary) != (intent.live, intent.canary):
-        serves = f"serves {status.live or 'nothing'}"
-        if status.canary is not None:
-            serves += f" and canary {status.canary}"
-        if status.reason is None:
-            return Verdict(Standing.LOADING, serves)
-        return Verdict(Standing.DEVIATES, f"{serves}: {status.reason}")
-    return Verdict(Standing.CONVERGED)
+    applied = status.applied_revision is not None and status.applied_revision >= revision
+    if applied and (status.live, status.canary) == (intent.live, intent.canary):
+        return Verdict(Standing.CONVERGED)
+    # A status has a reason while it loads too, so only the servables say whether waiting helps.
+    wanted = [version for version in (intent.live, intent.canary) if version is not None]
+    lost = _lost(status.servables, wanted)
+    if lost is not None and lost.state == "FAILED":
+        return Verdict(Standing.FAILED, _because(lost))
+    if lost is not None or (status.reason or "").startswith("quarantined"):
+        why = status.reason or (_because(lost) if lost is not None else "")
+        return Verdict(Standing.DEVIATES, f"{_serves(status)}: {why}")
+    return Verdict(Standing.LOADING, _progress(status.servables, wanted) or _serves(status))
+
+
+def _serves(status: ModelStatus) -> str:
+    canary = "" if status.canary is None else f" and canary {status.canary}"
+    return f"serves {status.live or 'nothing'}{canary}"
+
+
+def _because(lost: ServableStatus) -> str:
+    return f"{lost.version} {lost.state}: {lost.reason or 'no reason given'}"
 
 
 def _refusal(status: ModelStatus) -> str:
@@ -81,22 +88,20 @@ def _refusal(status: ModelStatus) -> str:
     )
 
 
-def _lost(servables: Sequence[ServableStatus], wanted: Sequence[Version]) -> str | None:
-    """The reason of a wanted version of which every servable is lost; ``None`` if there is none.
+def _lost(servables: Sequence[ServableStatus], wanted: Sequence[Version]) -> ServableStatus | None:
+    """A servable of a wanted version of which every servable is lost; ``None`` if there is none.
 
     A version may have two servables: the same text with other bytes loads beside the old one.
     """
     for version in wanted:
         mine = [servable for servable in servables if servable.version == version]
         if mine and all(servable.state in _LOST for servable in mine):
-            last = mine[-1]
-            return f"{version} {last.state}: {last.reason or 'no reason given'}"
+            return mine[-1]
     return None
 
 
 def _progress(servables: Sequence[ServableStatus], wanted: Sequence[Version]) -> str:
-    states = [f"{each.version} {each.state}" for each in servables if each.version in wanted]
-    return ", ".join(states)
+    return ", ".join(f"{each.version} {each.state}" for each in servables if each.version in wanted)
 
 
 @dataclass(frozen=True, slots=True)

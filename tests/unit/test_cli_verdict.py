@@ -83,6 +83,35 @@ CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
         {"revision": 9, "applied_revision": 9, "live": "1", "reason": "quarantined: code 700"},
         "deviates: serves 1: quarantined: code 700",
     ),
+    "in force, rolled back, the servable still there": (
+        {
+            "revision": 9,
+            "applied_revision": 9,
+            "live": "1",
+            "servables": [servable("1", "LIVE"), servable("2", "QUARANTINED", "code 700")],
+        },
+        "deviates: serves 1: 2 QUARANTINED: code 700",
+    ),
+    "a reason while it loads is no refusal": (
+        {
+            "revision": 9,
+            "applied_revision": 9,
+            "live": "1",
+            "reason": "2 is LOADING",
+            "servables": [servable("1", "LIVE"), servable("2", "LOADING")],
+        },
+        "loading: 2 LOADING",
+    ),
+    "in force but for a version that failed": (
+        {
+            "revision": 9,
+            "applied_revision": 9,
+            "live": "1",
+            "reason": "2 failed: x",
+            "servables": [servable("1", "LIVE"), servable("2", "FAILED", "x")],
+        },
+        "failed: 2 FAILED: x",
+    ),
     "in force, not switched yet": (
         {"revision": 9, "applied_revision": 9, "live": "1"},
         "loading: serves 1",
