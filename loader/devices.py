@@ -75,6 +75,11 @@ class Cordon:
     at: str
     """RFC 3339 UTC."""
 
+    @property
+    def is_hardware(self) -> bool:
+        """Said by the driver: no run that succeeds disproves it."""
+        return self.code.startswith("XID:")
+
     def as_json(self) -> dict[str, str]:
         return {"code": self.code, "reason": self.reason, "at": self.at}
 

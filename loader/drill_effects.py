@@ -15,7 +15,7 @@ from registry.inference import Array
 
 
 def before_run(order: Mapping[str, Any]) -> None:
-    """Do what ``order`` (`loader.drills.Order.as_json`) says. May raise, end or stop the process."""
+    """Do what ``order`` (`loader.drills.Order.as_json`) says. May raise or end the process."""
     if order["delay_ms"]:
         time.sleep(order["delay_ms"] / 1000)
     code = str(order["code"])

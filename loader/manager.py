@@ -3,7 +3,7 @@
 Everybody else leaves a wish (`aspire`, `forget_model`, `set_quarantined`, `set_fallback`) and the
 loop compares it with what is (`loader.policy`). Long work (fetching, loading, ending processes)
 runs in tasks that report back; a step itself never waits, so routing follows the decision in the
-same turn of the event loop.
+same turn of the event loop. Faults come in through `loader.fault_desk`.
 """
 
 from __future__ import annotations
@@ -11,91 +11,78 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import structlog
 
 from loader import policy
-from loader.devices import BadDevice, Cordoned, DevicePool, OutOfQuota, Priority
+from loader.devices import BadDevice, Cordon, Cordoned, DevicePool, OutOfQuota, Priority
+from loader.drills import DrillBox
 from loader.errors import FetchFailed, LoaderError, NotAdmitted, WorkerDied
-from loader.lifecycle import LOADED, State
+from loader.fault_desk import FaultDesk
+from loader.faults import Fault
+from loader.lifecycle import UNDERWAY, State
 from loader.loading import Loading, Predecessor
 from loader.memory import required_mb
-from loader.oversight import FaultReport, Oversight
-from loader.plan import Order, aspire, is_pending, order_for
+from loader.model import Model, ModelView
+from loader.plan import Order, aspire, fallback_id, is_pending, order_for
 from loader.policy import Aspiration, InForce, World
 from loader.pool import WorkerPool
 from loader.repository import Fetched, ModelRepository
 from loader.servable import Servable
 from loader.zygote import Zygote
 from registry.errors import PaddlewheelError
-from registry.inference import Predictor
-from registry.names import Digest, ModelName, Revision, ServableId, Version
+from registry.events import EventType
+from registry.names import ModelName, NodeId, Revision, ServableId, Version
 from registry.records import Quarantine
-from registry.spec import ModelDocument
+from registry.spec import Limits, ModelDocument, Rollback
 
 log = structlog.get_logger(__name__)
 
 RETRY_FIRST_S = 5.0
 RETRY_MAX_S = 60.0
+IDLE_TURN_S = 1.0
+"""The loop comes round at least this often: its heartbeat."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelView:
-    """One model as it is: what routing is built from and what the status tells."""
+class Listener(Protocol):
+    """Told by the manager, in the same turn of the event loop in which it happens."""
 
-    name: ModelName
-    document: ModelDocument | None
-    """The document in force; ``None`` before the first one is."""
-    aspired: ModelDocument | None
-    aspired_revision: Revision | None
-    aspiration: Aspiration | None
-    in_force: InForce
-    servables: tuple[Servable, ...]
-    reason: str | None
-    swap_s: float
-    """How long the last swap of routing took."""
-    swaps: int
-    reloads: Mapping[str, int]
-    """``ready`` and ``failed``: servables made ready, or not."""
+    def publish(self, view: ModelView) -> None:
+        """What may be routed to changed."""
+        ...
 
-    def predictors(self) -> Mapping[ServableId, Predictor]:
-        return {s.id: s.pool for s in self.servables if s.is_loaded and s.pool is not None}
+    def withdraw(self, model: ModelName) -> None:
+        """The model is gone from this node."""
+        ...
 
+    def changed(self, view: ModelView) -> None:
+        """What a status shows may have changed."""
+        ...
 
-@dataclass(slots=True, eq=False)
-class _Model:
-    name: ModelName
-    aspired: ModelDocument | None = None
-    aspired_revision: Revision | None = None
-    aspiration: Aspiration | None = None
-    document: ModelDocument | None = None
-    in_force: InForce = field(default_factory=InForce)
-    servables: dict[ServableId, Servable] = field(default_factory=dict[ServableId, Servable])
-    orders: dict[ServableId, Order] = field(default_factory=dict[ServableId, Order])
-    fetched: dict[ServableId, Fetched] = field(default_factory=dict[ServableId, Fetched])
-    quarantined: Mapping[Version, Quarantine] = field(default_factory=dict[Version, Quarantine])
-    """Versions that the fleet took out."""
-    fallback: ServableId | None = None
-    retry_at_s: dict[ServableId, float] = field(default_factory=dict[ServableId, float])
-    attempts: dict[ServableId, int] = field(default_factory=dict[ServableId, int])
-    swap_s: float = 0.0
-    swaps: int = 0
-    reloads: Counter[str] = field(default_factory=Counter[str])
-    reason: str | None = None
+    def quarantined(
+        self, model: ModelName, servable: ServableId, quarantine: Quarantine, fault: Fault
+    ) -> None:
+        """This node took a version out; the fleet is to know."""
+        ...
 
-    def is_quarantined(self, id: ServableId) -> bool:
-        quarantine = self.quarantined.get(id.version)
-        return quarantine is not None and quarantine.digest in (None, id.digest)
+    def baked(self, model: ModelName, servable: ServableId, revision: Revision) -> None:
+        """A live version served through its whole bake."""
+        ...
+
+    def happened(self, event: EventType, subject: str, data: Mapping[str, Any]) -> None:
+        """Something that goes into `P/events`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
+    node: NodeId
     load_timeout_s: float = 300.0
     fetch_timeout_s: float = 3600.0
     load_slots: int = 2
@@ -103,11 +90,7 @@ class ManagerSettings:
 
 
 class Manager:
-    """Keeps the servables of one node in step with the documents.
-
-    publish is called, in the same turn of the loop, with a model's view whenever what may be
-    routed to changed; withdraw when the model is gone; changed when only its status did.
-    """
+    """Keeps the servables of one node in step with the documents."""
 
     def __init__(
         self,
@@ -115,46 +98,63 @@ class Manager:
         zygote: Zygote,
         repository: ModelRepository,
         devices: DevicePool,
-        publish: Callable[[ModelView], None],
-        withdraw: Callable[[ModelName], None],
-        changed: Callable[[ModelView], None],
-        settings: ManagerSettings | None = None,
+        listener: Listener,
+        settings: ManagerSettings,
+        drills: DrillBox | None = None,
     ) -> None:
         self._zygote = zygote
         self._repository = repository
         self._devices = devices
-        self._publish = publish
-        self._withdraw = withdraw
-        self._changed = changed
-        self._settings = settings or ManagerSettings()
-        self._models: dict[ModelName, _Model] = {}
+        self._listener = listener
+        self._settings = settings
+        self._desk = FaultDesk(self, drills=drills)
+        self._models: dict[ModelName, Model] = {}
         self._dirty: set[ModelName] = set()
         self._wake = asyncio.Event()
-        self._slots = asyncio.Semaphore(self._settings.load_slots)
-        self._closing = False
+        self._slots = asyncio.Semaphore(settings.load_slots)
         self._tasks: set[asyncio.Task[None]] = set()
-        self.last_turn_s = 0.0
+        self.last_turn_s = asyncio.get_running_loop().time()
         """When the loop last came round (loop time): the heartbeat behind `/livez`."""
 
     # --- wishes -------------------------------------------------------------------------------
 
     def aspire(self, document: ModelDocument, revision: Revision) -> None:
         """Make ``document`` what this node works towards. A newer one replaces an older one."""
-        name = document.metadata.name
-        model = self._models.setdefault(name, _Model(name))
+        model = self._model(document.name)
         if revision == model.aspired_revision and document == model.aspired:
             return
         model.aspired, model.aspired_revision = document, revision
         model.aspiration, orders = aspire(document, revision)
-        model.orders.update(orders)
+        self._keep_loading(model, orders)
         model.retry_at_s.clear()
         model.attempts.clear()
+        model.trouble = None
+        limits = document.spec.limits
         for servable in model.servables.values():
             if servable.pool is not None:
-                limits = document.spec.limits
                 servable.pool.configure(queue=limits.queue, hang_s=limits.hang_s)
-        self._publish(self._view(model))
-        self._touch(name)
+                servable.pool.oversee(self._desk.oversight(model, servable, document.spec.rollback))
+        self._desk.configure(model, document.spec.rollback)
+        self._listener.publish(model.view())
+        self._touch(model.name)
+
+    def _keep_loading(self, model: Model, orders: Mapping[ServableId, Order]) -> None:
+        """Take the new orders; what is being made ready for the same order goes on.
+
+        Everything else is resolved again: the bytes at a source may have changed.
+        """
+        kept = {model.fallback, *model.servables}
+        model.orders = {id: order for id, order in model.orders.items() if id in kept}
+        model.fetched = {id: fetched for id, fetched in model.fetched.items() if id in kept}
+        for pending, order in orders.items():
+            under_way = [
+                s.id for s in model.servables.values()
+                if s.state in UNDERWAY and model.orders[s.id] == order and not is_pending(s.id)
+            ]  # fmt: skip
+            if under_way and model.aspiration is not None:
+                model.aspiration = _resolved(model.aspiration, pending, under_way[0])
+            else:
+                model.orders[pending] = order
 
     def forget_model(self, name: ModelName) -> None:
         """The document was deleted: drain, unload, then know it no more."""
@@ -164,52 +164,48 @@ class Manager:
             self._touch(name)
 
     def set_quarantined(self, name: ModelName, quarantined: Mapping[Version, Quarantine]) -> None:
-        """Which versions of ``name`` must not serve, whatever the document says."""
-        model = self._models.setdefault(name, _Model(name))
+        """Which versions of ``name`` the fleet says must not serve, whatever the document says."""
+        model = self._model(name)
+        for version in model.quarantined.keys() - quarantined.keys():
+            model.own_quarantines.pop(version, None)  # released
         model.quarantined = dict(quarantined)
-        for servable in list(model.servables.values()):
-            if servable.is_loaded and model.is_quarantined(servable.id):
-                self._quarantine(model, servable)
-            elif servable.state is State.QUARANTINED and not model.is_quarantined(servable.id):
-                self._remove(model, servable)
-        self._touch(name)
+        self._apply_quarantines(model)
+
+    def keep_quarantined(self, name: ModelName, version: Version, quarantine: Quarantine) -> None:
+        """Take up a quarantine of this node's own from before its restart."""
+        model = self._model(name)
+        model.own_quarantines[version] = quarantine
+        self._apply_quarantines(model)
+
+    def release(self, name: ModelName, version: Version) -> None:
+        """Lift this node's own quarantine of ``version``."""
+        model = self._models.get(name)
+        if model is not None and model.own_quarantines.pop(version, None) is not None:
+            self._apply_quarantines(model)
 
     def set_fallback(self, document: ModelDocument, version: Version, revision: Revision) -> None:
         """The last good version, to be loaded when the aspired one can't serve and nothing does."""
-        name = document.metadata.name
-        model = self._models.setdefault(name, _Model(name))
+        model = self._model(document.name)
         with contextlib.suppress(KeyError):
             order = order_for(document, version)
-            id = ServableId(
-                name, version, Digest(f"pending:lastgood:{revision}"), order.recipe.key()
-            )
-            model.orders[id] = order
-            model.fallback = id
-            self._touch(name)
+            id = fallback_id(order.recipe, revision)
+            if id not in model.orders:
+                model.orders[id] = order
+                model.fallback = id
+            self._touch(model.name)
 
     # --- looking ------------------------------------------------------------------------------
 
     def views(self) -> tuple[ModelView, ...]:
-        return tuple(self._view(model) for model in self._models.values())
+        return tuple(model.view() for model in self._models.values())
 
     def view(self, name: ModelName) -> ModelView | None:
         model = self._models.get(name)
-        return None if model is None else self._view(model)
+        return None if model is None else model.view()
 
-    def _view(self, model: _Model) -> ModelView:
-        return ModelView(
-            name=model.name,
-            document=model.document,
-            aspired=model.aspired,
-            aspired_revision=model.aspired_revision,
-            aspiration=model.aspiration,
-            in_force=model.in_force,
-            servables=tuple(model.servables.values()),
-            reason=model.reason,
-            swap_s=model.swap_s,
-            swaps=model.swaps,
-            reloads=model.reloads,
-        )
+    @property
+    def desk(self) -> FaultDesk:
+        return self._desk
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -219,12 +215,11 @@ class Manager:
         while True:
             self.last_turn_s = loop.time()
             for name in sorted(self._dirty):
-                self._dirty.discard(name)
                 self._reconcile(name)
-            timeout_s = 1.0
             wake_s = self._next_wake_s()
+            timeout_s = IDLE_TURN_S
             if wake_s is not None:
-                timeout_s = min(timeout_s, max(0.0, wake_s - loop.time()))
+                timeout_s = min(timeout_s, max(0.001, wake_s - loop.time()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._wake.wait()
@@ -233,7 +228,7 @@ class Manager:
 
     async def close(self) -> None:
         """End every worker and task. Requests in flight must have been drained before."""
-        self._closing = True
+        self._desk.close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -241,9 +236,13 @@ class Manager:
         pools = [s.pool for m in self._models.values() for s in m.servables.values() if s.pool]
         await asyncio.gather(*(pool.close() for pool in pools), return_exceptions=True)
 
+    def _model(self, name: ModelName) -> Model:
+        return self._models.setdefault(name, Model(name))
+
     def _touch(self, name: ModelName) -> None:
-        self._dirty.add(name)
-        self._wake.set()
+        if name in self._models:
+            self._dirty.add(name)
+            self._wake.set()
 
     def _next_wake_s(self) -> float | None:
         times = list[float]()
@@ -265,8 +264,10 @@ class Manager:
                     if servable is not None and servable.state is State.FAILED:
                         self._remove(model, servable)
                     self._dirty.add(model.name)
+            if model.trouble is not None and model.answered > model.trouble_answered:
+                self.troubled(model, None)
 
-    def _world(self, model: _Model) -> World:
+    def _world(self, model: Model) -> World:
         return World(
             aspiration=model.aspiration,
             in_force=model.in_force,
@@ -274,9 +275,10 @@ class Manager:
             now_s=asyncio.get_running_loop().time(),
             fallback=model.fallback,
             is_tight=self._is_tight(model),
+            suspected=model.suspected,
         )
 
-    def _is_tight(self, model: _Model) -> bool:
+    def _is_tight(self, model: Model) -> bool:
         """Whether what is wanted next only fits once this model's standby has gone."""
         aspiration = model.aspiration
         if aspiration is None or model.in_force.live is None:
@@ -287,15 +289,16 @@ class Manager:
                 continue
             recipe = model.orders[id].recipe
             needed_mb = required_mb(recipe, fetched.bytes) * recipe.replicas
-            try:
+            with contextlib.suppress(BadDevice):
                 if needed_mb > self._devices.free_mb(recipe.device):
                     return True
-            except BadDevice:
-                continue
         return False
 
     def _reconcile(self, name: ModelName) -> None:
-        model = self._models[name]
+        self._dirty.discard(name)
+        model = self._models.get(name)
+        if model is None:
+            return
         for _ in range(100):
             action = policy.next_action(self._world(model))
             if action is None:
@@ -304,13 +307,16 @@ class Manager:
         else:
             log.error("reconcile_did_not_converge", model=name)
         if model.aspiration is None and not model.servables:
-            del self._models[name]
-            self._withdraw(name)
+            if not model.quarantined and not model.own_quarantines:
+                del self._models[name]
+            self._desk.drop(name)
+            self._listener.withdraw(name)
             log.info("model_gone", model=name)
             return
-        self._changed(self._view(model))
+        self._report_bake(model)
+        self._listener.changed(model.view())
 
-    def _perform(self, model: _Model, action: policy.Action) -> None:
+    def _perform(self, model: Model, action: policy.Action) -> None:
         match action:
             case policy.Swap(to):
                 self._swap(model, to)
@@ -325,48 +331,63 @@ class Manager:
             case policy.Unload(id):
                 self._unload(model, model.servables[id])
 
-    # --- effects ------------------------------------------------------------------------------
+    # --- routing ------------------------------------------------------------------------------
 
-    def _swap(self, model: _Model, to: InForce) -> None:
+    def _swap(self, model: Model, to: InForce) -> None:
         before = model.in_force
         started_s = time.perf_counter()  # the loop's clock has no microseconds
         model.in_force = to
-        if to.revision == model.aspired_revision and to.revision != before.revision:
+        if to.revision == model.aspired_revision:
             model.document = model.aspired
         for servable in model.servables.values():
             if servable.is_loaded:
                 role = policy.role(servable.id, to)
                 if role is not servable.state:
                     servable.move(role)
-        self._publish(self._view(model))
+        self._listener.publish(model.view())
         model.swaps += 1
         model.swap_s = time.perf_counter() - started_s
-        log.info(
-            "route_swapped",
-            model=model.name,
-            revision=to.revision,
-            live=to.live and to.live.version,
-            canary=to.canary and to.canary.version,
-            standby=to.standby and to.standby.version,
-            before=before.live and before.live.version,
-            swap_us=round(model.swap_s * 1e6, 1),
-        )
+        facts = {
+            "revision": to.revision,
+            "live": to.live and to.live.version,
+            "canary": to.canary and to.canary.version,
+            "standby": to.standby and to.standby.version,
+            "before": before.live and before.live.version,
+            "swap_us": round(model.swap_s * 1e6, 1),
+        }
+        log.info("route_swapped", model=model.name, **facts)
+        self._listener.happened(EventType.ROUTE_SWAPPED, model.name, facts)
+        if to.revision != before.revision and to.revision == model.aspired_revision:
+            self._listener.happened(EventType.CONFIG_APPLIED, model.name, {"revision": to.revision})
 
-    def _load(self, model: _Model, id: ServableId) -> None:
+    def _report_bake(self, model: Model) -> None:
+        in_force, aspiration = model.in_force, model.aspiration
+        if in_force.live is None or aspiration is None or in_force.live != aspiration.live:
+            return
+        if in_force.bake_until_s > asyncio.get_running_loop().time():
+            return
+        proven = (in_force.live, in_force.revision)
+        if model.baked != proven:
+            model.baked = proven
+            self._listener.baked(model.name, *proven)
+
+    # --- making ready -------------------------------------------------------------------------
+
+    def _load(self, model: Model, id: ServableId) -> None:
         order = model.orders[id]
         servable = Servable(id, order.recipe)
         model.servables[id] = servable
-        if model.is_quarantined(id):
-            servable.move(State.QUARANTINED, model.quarantined[id.version].reason)
+        quarantine = model.quarantine_of(id)
+        if quarantine is not None:
+            servable.move(State.QUARANTINED, quarantine.reason)
             return
         servable.attempts = model.attempts.get(id, 0) + 1
         servable.move(State.FETCHING)
-        work = (
-            self._fetch(model, servable, order)
-            if is_pending(id)
-            else self._make_ready(model, servable, order)
-        )
-        self._start(servable, work)
+        if is_pending(id):
+            self._start(servable, self._fetch(model, servable, order))
+        else:
+            servable.phases_ms["fetch"] = model.fetch_ms.get(id, 0.0)
+            self._start(servable, self._make_ready(model, servable, order))
 
     def _start(self, servable: Servable, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work, name=f"servable {servable.id}")
@@ -374,7 +395,7 @@ class Manager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _fetch(self, model: _Model, servable: Servable, order: Order) -> None:
+    async def _fetch(self, model: Model, servable: Servable, order: Order) -> None:
         recipe, pending = order.recipe, servable.id
         started_s = time.perf_counter()
         try:
@@ -386,9 +407,10 @@ class Manager:
         except (LoaderError, OSError) as exc:
             self._failed(model, servable, exc)
             return
-        id = ServableId(pending.model, pending.version, fetched.digest, pending.recipe)
+        id = replace(pending, digest=fetched.digest)
         model.orders[id] = model.orders.pop(pending)
         model.fetched[id] = fetched
+        model.fetch_ms[id] = round((time.perf_counter() - started_s) * 1000, 3)
         self._remove(model, servable)
         existing = model.servables.get(id)
         if existing is not None and existing.state is State.FAILED:
@@ -402,22 +424,22 @@ class Manager:
             servable=str(id),
             digest=fetched.digest,
             bytes=fetched.bytes,
-            fetch_s=round(time.perf_counter() - started_s, 4),
+            fetch_ms=model.fetch_ms[id],
         )
         self._touch(model.name)
 
-    async def _make_ready(self, model: _Model, servable: Servable, order: Order) -> None:
+    async def _make_ready(self, model: Model, servable: Servable, order: Order) -> None:
         recipe, fetched = order.recipe, model.fetched[servable.id]
-        self._repository.lease(fetched.digest)
         try:
             if not fetched.folder.exists():  # evicted while nobody needed it
                 fetched = await self._repository.fetch(recipe.source, sha256=recipe.sha256)
+            self._repository.lease(fetched.digest)
             golden: Path | None = None
             if recipe.golden is not None:
                 golden = await self._repository.fetch_file(recipe.golden)
             async with self._slots:
                 servable.move(State.LOADING)
-                self._changed(self._view(model))
+                self._listener.changed(model.view())
                 loading = Loading(
                     recipe=recipe,
                     folder=fetched.folder,
@@ -438,31 +460,37 @@ class Manager:
             self._give_back(servable)
             raise
         document = model.aspired or model.document
-        limits = document.spec.limits if document is not None else None
+        limits = document.spec.limits if document is not None else Limits()
+        rollback = document.spec.rollback if document is not None else Rollback()
         servable.signature = ready.signature
         servable.pool = WorkerPool(
             servable.id,
             ready.signature,
             ready.workers,
             make_worker=loading.replacement,
-            oversight=Oversight(on_fault=partial(self._fault, model, servable)),
-            queue=limits.queue if limits else 256,
-            hang_s=limits.hang_s if limits else 5.0,
+            oversight=self._desk.oversight(model, servable, rollback),
+            queue=limits.queue,
+            hang_s=limits.hang_s,
         )
         servable.loaded_at = datetime.now(UTC)
         servable.move(State.READY)
         model.reloads["ready"] += 1
         log.info("servable_ready", servable=str(servable.id), **servable.phases_ms)
-        self._publish(self._view(model))
+        self._listener.happened(
+            EventType.SERVABLE_READY,
+            f"{model.name}/{servable.id.version}",
+            {"digest": servable.id.digest, "phases_ms": dict(servable.phases_ms)},
+        )
+        self._listener.publish(model.view())
         self._touch(model.name)
 
-    def _phase_ended(self, model: _Model, servable: Servable, phase: str, took_s: float) -> None:
+    def _phase_ended(self, model: Model, servable: Servable, phase: str, took_s: float) -> None:
         servable.phases_ms[phase] = round(took_s * 1000, 3)
         if phase == "load":
             servable.move(State.WARMING)
-            self._changed(self._view(model))
+            self._listener.changed(model.view())
 
-    def _predecessor(self, model: _Model, id: ServableId) -> Predecessor | None:
+    def _predecessor(self, model: Model, id: ServableId) -> Predecessor | None:
         live = model.in_force.live
         if live is None or live == id or (servable := model.servables.get(live)) is None:
             return None
@@ -480,7 +508,7 @@ class Manager:
             raise NotAdmitted("memory", str(exc)) from exc
         servable.memory_mb = memory_mb
 
-    def _failed(self, model: _Model, servable: Servable, error: Exception) -> None:
+    def _failed(self, model: Model, servable: Servable, error: Exception) -> None:
         reason = str(error) or repr(error)
         servable.move(State.FAILED, reason)
         model.reloads["failed"] += 1
@@ -492,88 +520,155 @@ class Manager:
             delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** (servable.attempts - 1))
             model.retry_at_s[servable.id] = asyncio.get_running_loop().time() + delay_s
         log.warning("servable_failed", servable=str(servable.id), reason=reason)
-        self._publish(self._view(model))
+        self._listener.happened(
+            EventType.SERVABLE_FAILED, f"{model.name}/{servable.id.version}", {"reason": reason}
+        )
+        self._listener.publish(model.view())
         self._touch(model.name)
 
-    def _abandon(self, model: _Model, servable: Servable) -> None:
+    # --- ending -------------------------------------------------------------------------------
+
+    def _abandon(self, model: Model, servable: Servable) -> None:
         if servable.task is not None:
             servable.task.cancel()
         log.info("servable_abandoned", servable=str(servable.id), state=servable.state)
         self._remove(model, servable)
 
-    def _remove(self, model: _Model, servable: Servable) -> None:
+    def _remove(self, model: Model, servable: Servable) -> None:
         servable.move(State.GONE)
         if model.servables.get(servable.id) is servable:
             del model.servables[servable.id]
 
-    def _drain(self, model: _Model, servable: Servable) -> None:
+    def _drain(self, model: Model, servable: Servable) -> None:
         document = model.document or model.aspired
-        drain_s = document.spec.limits.drain_s if document is not None else 30.0
+        drain_s = document.spec.limits.drain_s if document is not None else Limits().drain_s
         servable.drain_by_s = asyncio.get_running_loop().time() + drain_s
         servable.move(State.DRAINING)
-        self._publish(self._view(model))
+        self._listener.publish(model.view())
         assert servable.pool is not None
         servable.pool.on_idle(partial(self._touch, model.name))
         log.info("servable_draining", servable=str(servable.id))
 
-    def _unload(self, model: _Model, servable: Servable) -> None:
-        pool, servable.pool = servable.pool, None
+    def _unload(self, model: Model, servable: Servable) -> None:
         self._remove(model, servable)
+        self._desk.forget(model, servable.id)
+        self._end_pool(model, servable)
+
+    def _end_pool(self, model: Model, servable: Servable) -> None:
+        """End the workers in the background; their memory and files may go to others then."""
+        pool, servable.pool = servable.pool, None
+        if pool is not None:
+            model.answered_before += pool.answered
 
         async def end() -> None:
             if pool is not None:
                 await pool.close()
             self._give_back(servable)
             log.info("servable_unloaded", servable=str(servable.id))
-            self._touch_if_known(model.name)
-
-        self._start(servable, end())
-
-    def _touch_if_known(self, name: ModelName) -> None:
-        if name in self._models:
-            self._touch(name)
-
-    def _fault(self, model: _Model, servable: Servable, report: FaultReport) -> bool:
-        fault = report.fault
-        servable.errors[fault.code] += 1
-        log.warning(
-            "servable_fault",
-            servable=str(servable.id),
-            code=fault.code,
-            fault_class=fault.fault_class,
-            message=fault.message,
-            pid=report.pid,
-        )
-        self._touch_if_known(model.name)
-        return False
-
-    def _quarantine(self, model: _Model, servable: Servable) -> None:
-        servable.move(State.QUARANTINED, model.quarantined[servable.id.version].reason)
-        if servable.pool is not None:
-            servable.pool.retire()
-        self._reconcile(model.name)
-        pool, servable.pool = servable.pool, None
-
-        async def end() -> None:
-            if pool is not None:
-                await pool.close()
-            self._give_back(servable)
+            self._touch(model.name)
 
         self._start(servable, end())
 
     def _give_back(self, servable: Servable) -> None:
-        """Its memory and its files may go to others."""
         self._devices.release(str(servable.id))
         self._repository.release(servable.id.digest)
 
+    # --- quarantine ---------------------------------------------------------------------------
+
+    def _apply_quarantines(self, model: Model) -> None:
+        for servable in list(model.servables.values()):
+            quarantine = model.quarantine_of(servable.id)
+            if quarantine is not None and servable.is_loaded:
+                self._take_out(model, servable, quarantine)
+            elif quarantine is None and servable.state is State.QUARANTINED:
+                self._remove(model, servable)
+                self._desk.forget(model, servable.id)
+                subject = f"{model.name}/{servable.id.version}"
+                self._listener.happened(EventType.RELEASE, subject, {})
+        self._touch(model.name)
+
+    def _take_out(self, model: Model, servable: Servable, quarantine: Quarantine) -> None:
+        """Route away at once; then end what failed."""
+        before = model.in_force
+        servable.move(State.QUARANTINED, quarantine.reason)
+        if servable.pool is not None:
+            servable.pool.retire()
+        self._reconcile(model.name)
+        self._end_pool(model, servable)
+        if servable.id == before.live:
+            model.rollbacks[str(quarantine.code)] += 1
+            to = model.in_force.live
+            self._listener.happened(
+                EventType.ROLLBACK,
+                f"{model.name}/{servable.id.version}",
+                {"to": to and to.version, "code": quarantine.code, "reason": quarantine.reason},
+            )
+        self._listener.publish(model.view())
+
+    # --- what the fault desk has done (loader.fault_desk.Deeds) ---------------------------------
+
+    def suspect(self, model: Model, id: ServableId) -> None:
+        model.suspected |= {id}
+        log.warning("servable_suspected", servable=str(id))
+        self._reconcile(model.name)
+
+    def acquit(self, model: Model, id: ServableId) -> None:
+        if id in model.suspected:
+            model.suspected -= {id}
+            log.info("servable_acquitted", servable=str(id))
+            self._reconcile(model.name)
+
+    def quarantine(self, model: Model, servable: Servable, fault: Fault, reason: str) -> None:
+        id = servable.id
+        model.suspected -= {id}
+        quarantine = Quarantine(
+            reason=reason,
+            code=fault.code,
+            nodes=(self._settings.node,),
+            at=datetime.now(UTC),
+            digest=id.digest,
+        )
+        model.own_quarantines[id.version] = quarantine
+        log.warning("servable_quarantined", servable=str(id), code=fault.code, reason=reason)
+        self._take_out(model, servable, quarantine)
+        self._listener.quarantined(model.name, id, quarantine, fault)
+
+    def cordon(self, device: str, cordon: Cordon) -> None:
+        try:
+            if not self._devices.cordon(device, cordon):
+                return
+        except BadDevice:
+            return
+        log.error("device_cordoned", device=device, code=cordon.code, reason=cordon.reason)
+        self._listener.happened(
+            EventType.DEVICE_CORDONED, f"{self._settings.node}/{device}", cordon.as_json()
+        )
+        for name in self._models:
+            self._touch(name)
+
+    def uncordon(self, device: str) -> None:
+        """The device is well again: what was held against it is forgotten."""
+        if not self._devices.uncordon(device):
+            return
+        log.info("device_uncordoned", device=device)
+        self._listener.happened(EventType.DEVICE_UNCORDONED, f"{self._settings.node}/{device}", {})
+        for model in self._models.values():
+            for servable in model.servables.values():
+                if servable.recipe.device == device:
+                    self._desk.forget(model, servable.id)
+            self._touch(model.name)
+
+    def troubled(self, model: Model, reason: str | None) -> None:
+        if model.trouble != reason:
+            model.trouble = reason
+            model.trouble_answered = model.answered
+            log.warning("model_troubled", model=model.name, reason=reason)
+            self._touch(model.name)
+
 
 def _resolved(aspiration: Aspiration, pending: ServableId, id: ServableId) -> Aspiration:
-    return Aspiration(
-        revision=aspiration.revision,
+    return replace(
+        aspiration,
         live=id if aspiration.live == pending else aspiration.live,
         canary=id if aspiration.canary == pending else aspiration.canary,
-        bake_s=aspiration.bake_s,
     )
-
-
-__all__ = ["LOADED", "Manager", "ManagerSettings", "ModelView"]

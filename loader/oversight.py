@@ -24,6 +24,18 @@ class FaultReport:
     pid: int
     feeds: Feeds | None
     """Of the request that was running; ``None`` when none was."""
+    is_breach: bool = False
+    """Enough of them to act at once, whatever was counted before (an objective is not met)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What an inspection of an answer found wrong."""
+
+    fault: Fault
+    is_breach: bool
+    is_held: bool
+    """The answer is not to be given before another version was asked."""
 
 
 def _nothing(_report: FaultReport) -> bool:
@@ -43,5 +55,5 @@ class Oversight:
     """For how many seconds more this input is refused; 0: it is not."""
     drill: Callable[[], Order | None] | None = None
     """What the next run is to do, where drills are enabled."""
-    inspect: Callable[[Inference, float], Fault | None] | None = None
-    """Looks at an answer and its latency (s); the fault when it may not be given."""
+    inspect: Callable[[Inference, float], Finding | None] | None = None
+    """Looks at an answer and its latency (s)."""

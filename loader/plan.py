@@ -62,6 +62,12 @@ def pending_id(recipe: Recipe, revision: Revision) -> ServableId:
     return ServableId(recipe.model, recipe.version, Digest(f"{PENDING}{revision}"), recipe.key())
 
 
+def fallback_id(recipe: Recipe, revision: Revision) -> ServableId:
+    """The same for the last good version, as ``revision`` had it."""
+    digest = Digest(f"{PENDING}lastgood:{revision}")
+    return ServableId(recipe.model, recipe.version, digest, recipe.key())
+
+
 def is_pending(id: ServableId) -> bool:
     return id.digest.startswith(PENDING)
 

@@ -67,8 +67,13 @@ class World:
     """The last good version, where it is another one than the aspired."""
     is_tight: bool = False
     """Memory is too short to load what is wanted while a standby is kept."""
+    suspected: frozenset[ServableId] = frozenset()
+    """Failing, and not yet judged: not routed to while anything else can serve."""
 
     def is_good(self, id: ServableId | None) -> bool:
+        return self.is_loaded(id) and id not in self.suspected
+
+    def is_loaded(self, id: ServableId | None) -> bool:
         return id is not None and id in self.servables and self.servables[id].state in LOADED
 
     def is_bad(self, id: ServableId | None) -> bool:
@@ -178,7 +183,9 @@ def _held(world: World) -> InForce:
         return replace(
             now, live=world.fallback, standby=None, canary=canary, bake_until_s=world.now_s
         )
-    return replace(now, live=None, standby=None, canary=canary)
+    # A suspect is better than nothing.
+    live = now.live if world.is_loaded(now.live) else None
+    return replace(now, live=live, standby=None, canary=canary)
 
 
 def wanted(world: World) -> tuple[ServableId, ...]:
@@ -270,8 +277,8 @@ def role(id: ServableId, in_force: InForce) -> State:
 
 
 def next_wake_s(world: World) -> float | None:
-    """When, without any event, the answer of `next_action` may change (loop time)."""
+    """When, without any event, the answer of `next_action` may change, or a bake ends."""
     times = [s.drain_by_s for s in world.servables.values() if s.state is State.DRAINING]
-    if world.in_force.standby is not None:
+    if world.in_force.bake_until_s > world.now_s or world.in_force.standby is not None:
         times.append(world.in_force.bake_until_s)
     return min(times, default=None)

@@ -225,6 +225,10 @@ class WorkerPool:
         """Take new limits; they hold for requests from now on."""
         self._queue_max, self._hang_s = queue, hang_s
 
+    def oversee(self, oversight: Oversight) -> None:
+        """Report to this one from now on."""
+        self._oversight = oversight
+
     def on_idle(self, callback: Callable[[], None]) -> None:
         """Call once, from the loop, when nothing is in flight: soon when that is so already."""
         if self._unanswered:
@@ -296,7 +300,13 @@ class WorkerPool:
         assert seat.worker is not None
         request.started_s = self._loop.time()
         on_done = partial(self._done, seat, seat.worker, request)
-        seat.worker.submit(request.feeds, on_done, hang_s=self._hang_s)
+        drill = self._oversight.drill
+        seat.worker.submit(
+            request.feeds,
+            partial(self._done, seat, seat.worker, request),
+            hang_s=self._hang_s,
+            drill=drill() if drill is not None else None,
+        )
         seat.requests.append(request)
 
     def _pump(self) -> None:
@@ -330,10 +340,13 @@ class WorkerPool:
         queue_s = max(0.0, waited_s - inference.run_s)
         answer = Inference(inference.outputs, queue_s, inference.run_s)
         inspect = self._oversight.inspect
-        fault = inspect(answer, waited_s) if inspect is not None else None
-        if fault is not None and seat.worker is not None:
-            self._report(fault, seat.worker.pid, request, answer)
-            return
+        finding = inspect(answer, waited_s) if inspect is not None else None
+        if finding is not None and seat.worker is not None:
+            pid = seat.worker.pid
+            if finding.is_held:
+                self._report(finding.fault, pid, request, answer, is_breach=finding.is_breach)
+                return
+            self._oversight.on_fault(FaultReport(finding.fault, pid, None, finding.is_breach))
         self._answered += 1
         if not request.answer.done():
             request.answer.set_result(answer)
@@ -409,13 +422,20 @@ class WorkerPool:
             self.retire()
 
     def _report(
-        self, fault: Fault, pid: int, request: _Request | None, answer: Inference | None = None
+        self,
+        fault: Fault,
+        pid: int,
+        request: _Request | None,
+        answer: Inference | None = None,
+        *,
+        is_breach: bool = False,
     ) -> None:
         """Tell the overseer first, then the request that met the fault.
 
         answer: what it would have been given, where it was given nothing for a bad answer.
         """
-        report = FaultReport(fault, pid, request.feeds if request is not None else None)
+        feeds = request.feeds if request is not None else None
+        report = FaultReport(fault, pid, feeds, is_breach)
         is_poison = self._oversight.on_fault(report)
         if request is None or request.answer.done():
             return
@@ -443,9 +463,8 @@ class WorkerPool:
         broken_s = self._broken_s(self._loop.time())
         while broken_s > 0 and self._queue:
             _, request = self._queue.popitem(last=False)
-            _fail(request, ServableFailed(
-                f"its workers keep failing: {self._last_error}", code="BROKEN", fault_class="retired"
-            ))  # fmt: skip
+            why = f"its workers keep failing: {self._last_error}"
+            _fail(request, ServableFailed(why, code="BROKEN", fault_class="retired"))
 
     def _replace(self, seat: _Seat) -> None:
         self._pump()

@@ -93,7 +93,7 @@ class Triage:
                 input_digest,
                 device,
                 answers_of_all,
-            )  # fmt: skip
+            )
         )
         tripped = counter.add(now_s, fault, incident=incident, proven=proven)
         verdict = None

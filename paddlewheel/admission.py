@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,17 +21,30 @@ Sizes = Mapping[str, int]
 
 
 def local_sizes(document: ModelDocument) -> Sizes:
-    """Look at the sources on this machine's disks. Blocking."""
+    """Look at the sources on this machine's disks. Blocking.
+
+    What can't be looked at (a link to nothing, a path of 5000 characters) counts as nothing here:
+    the fetch will say why it can't be read.
+    """
     sizes = dict[str, int]()
     for entry in document.spec.versions:
         path = Path(entry.source.removeprefix("file://"))
-        if "://" not in str(path) and path.is_dir():
+        if "://" in str(path):
+            continue
+        with contextlib.suppress(OSError):
             sizes[entry.source] = sum(
-                file.stat().st_size
-                for pattern in ("*.json", "*.pdmodel", "*.pdiparams")
-                for file in path.glob(pattern)
+                _size(Path(found))
+                for found in os.scandir(path)
+                if found.name.endswith((".json", ".pdmodel", ".pdiparams"))
             )
     return sizes
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 class DocumentAdmission:

@@ -19,21 +19,32 @@ import structlog
 import uvloop
 
 import paddlewheel
-from loader.devices import DevicePool, DeviceUsage, parse_devices
-from loader.manager import Manager, ManagerSettings, ModelView
+from loader.devices import Cordon as DeviceCordon
+from loader.devices import DevicePool, DeviceUsage
+from loader.drills import DrillBox
+from loader.faults import Fault
+from loader.manager import Manager, ManagerSettings
+from loader.model import ModelView
+from loader.nvml import GpuWatcher
+from loader.prober import Prober
 from loader.repository import ModelRepository
 from loader.zygote import Zygote, ZygoteFailed
 from paddlewheel.admission import DocumentAdmission
 from paddlewheel.follower import Follower
+from paddlewheel.gpu_quota import quotas_mb
 from paddlewheel.logs import configure_logs
+from paddlewheel.node_drills import NodeDrills
 from paddlewheel.readings import readings
-from paddlewheel.report import model_status, servable_status
+from paddlewheel.report import model_status, one_line, servable_status
 from paddlewheel.routes import Routes
 from paddlewheel.settings import NodeSettings
+from paddlewheel.verdicts import Verdicts
 from registry.etcd import EtcdStore
+from registry.event_writer import EventWriter
+from registry.events import EventType, node_source
 from registry.keys import Keys
-from registry.names import ModelName
-from registry.records import Cordon, DeviceRecord, NodeRecord
+from registry.names import ModelName, Revision, ServableId
+from registry.records import Cordon, DeviceRecord, NodeRecord, Quarantine, rfc3339_ms
 from registry.session import Session
 from router.app import App
 from router.metrics import Reading
@@ -69,32 +80,45 @@ class Node:
         self._store = EtcdStore.connect(settings.etcd)
         self._session = Session(self._store, settings.lease_ttl_s)
         self._zygote = Zygote()
-        self._devices = DevicePool(
-            {each.id: each.quota_mb() for each in parse_devices(settings.devices)}
-        )
+        self._devices = DevicePool(quotas_mb(settings.devices))
         self._repository = ModelRepository(
             cache / "models",
             max_bytes=settings.cache_max_mb * 2**20 if settings.cache_max_mb else None,
         )
+        drills = DrillBox() if settings.enable_drills else None
         self._manager = Manager(
             zygote=self._zygote,
             repository=self._repository,
             devices=self._devices,
-            publish=self._publish,
-            withdraw=self._withdraw,
-            changed=self._changed,
-            settings=ManagerSettings(load_timeout_s=settings.load_timeout_s),
+            listener=self,
+            settings=ManagerSettings(settings.id, load_timeout_s=settings.load_timeout_s),
+            drills=drills,
         )
+        self._prober = Prober(self._manager, self._devices)
+        self._gpus = GpuWatcher(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        folder = cache / "nodes" / settings.id
         self._follower = Follower(
             store=self._store,
             keys=self._keys,
             manager=self._manager,
             admission=DocumentAdmission(settings.allow_sources, self._devices, self._manager),
             labels=settings.labels,
-            snapshot_path=cache / "nodes" / settings.id / "snapshot.json",
-            on_seen=self._report,
+            snapshot_path=folder / "snapshot.json",
+            on_seen=self._seen,
         )
-        self._app = App(self, product_version=paddlewheel.__version__)
+        self._verdicts = Verdicts(
+            store=self._store,
+            keys=self._keys,
+            node=settings.id,
+            manager=self._manager,
+            path=folder / "quarantines.json",
+        )
+        self._events = EventWriter(self._store, self._keys, node_source(settings.id))
+        self._app = App(
+            self,
+            product_version=paddlewheel.__version__,
+            drills=None if drills is None else NodeDrills(drills, self._manager),
+        )
         self._app.metrics.add(self._readings)
         self._http = ""
 
@@ -113,11 +137,14 @@ class Node:
                 "" if self._follower.knows_configs else "neither etcd nor a snapshot so far",
             ),
         ]
-        for model, route in self._routes.serving.table.models.items():
-            if route.required:
-                serves = route.default is not None
-                detail = "" if serves else (route.reason or "no good version is loaded")
-                checks.append(Check(f"model:{model}", serves, detail))
+        for usage in self._devices.usage():
+            cordoned = usage.cordoned
+            detail = "" if cordoned is None else f"cordoned: {cordoned.reason}"
+            checks.append(Check(f"device:{usage.id}", cordoned is None, detail))
+        for view in self._manager.views():
+            if view.aspired is not None:
+                detail = "" if view.can_serve else (view.reason or "no worker is alive")
+                checks.append(Check(f"model:{view.name}", view.can_serve, detail))
         ready = all(check.ok for check in checks)
         self._was_ready = self._was_ready or ready
         silent_s = asyncio.get_running_loop().time() - self._manager.last_turn_s
@@ -134,19 +161,39 @@ class Node:
             for servable in view.servables
         ]
 
-    # --- what the manager tells ---------------------------------------------------------------
+    # --- what the manager tells (loader.manager.Listener) ---------------------------------------
 
-    def _publish(self, view: ModelView) -> None:
+    def publish(self, view: ModelView) -> None:
         self._app.publish(self._routes.put(view))
 
-    def _withdraw(self, model: ModelName) -> None:
+    def withdraw(self, model: ModelName) -> None:
         self._app.publish(self._routes.remove(model))
         self._session.remove(self._keys.status(model, self._settings.id))
         self._announce()
 
-    def _changed(self, view: ModelView) -> None:
+    def changed(self, view: ModelView) -> None:
         self._report(view.name)
         self._announce()
+
+    def quarantined(
+        self, model: ModelName, servable: ServableId, quarantine: Quarantine, fault: Fault
+    ) -> None:
+        self._verdicts.quarantined(model, servable, quarantine, fault)
+        data = {"code": fault.code, "class": str(fault.fault_class), "reason": quarantine.reason}
+        self.happened(EventType.QUARANTINE, f"{model}/{servable.version}", data)
+
+    def baked(self, model: ModelName, servable: ServableId, revision: Revision) -> None:
+        self._verdicts.baked(model, servable, revision, datetime.now(UTC))
+
+    def happened(self, event: EventType, subject: str, data: Mapping[str, Any]) -> None:
+        self._events.emit(event, subject, data)
+
+    def _seen(self, model: ModelName) -> None:
+        self._report(model)
+        seen = self._follower.seen.get(model)
+        if seen is not None and not seen.accepted:
+            data = {"revision": seen.revision, "errors": [one_line(e) for e in seen.errors[:5]]}
+            self.happened(EventType.CONFIG_REJECTED, model, data)
 
     def _report(self, model: ModelName) -> None:
         """Write the model's status, on change only (the session compares)."""
@@ -193,15 +240,22 @@ class Node:
             stack.push_async_callback(self._store.close)
             stack.push_async_callback(self._zygote.close)
             stack.push_async_callback(self._manager.close)
+            stack.push_async_callback(self._gpus.close)
             await self._follower.restore()
+            self._verdicts.restore()
             self._announce()
             await self._session.start()
+            await self._events.start()
+            self.happened(EventType.NODE_JOINED, settings.id, {"http": self._http})
             tasks = [
                 asyncio.create_task(work, name=name)
                 for name, work in (
                     ("manager", self._manager.run()),
                     ("follower", self._follower.run()),
                     ("zygote", self._keep_zygote()),
+                    ("verdicts", self._verdicts.run()),
+                    ("prober", self._prober.run()),
+                    ("gpus", self._watch_gpus()),
                     ("stop", self._wait_for_stop()),
                 )
             ]
@@ -239,13 +293,26 @@ class Node:
                 log.error("zygote_not_started", reason=str(exc))
             await asyncio.sleep(ZYGOTE_RETRY_S)
 
+    async def _watch_gpus(self) -> None:
+        """What the driver says of a device weighs more than what its versions do."""
+        if not await self._gpus.start():
+            await asyncio.Event().wait()  # no driver, no GPU: nothing to watch, nothing wrong
+        async for event in self._gpus.events():
+            log.warning("gpu_event", device=event.device, xid=event.xid)
+            if event.fault is not None:
+                at = rfc3339_ms(datetime.now(UTC))
+                fault = event.fault
+                self._manager.cordon(event.device, DeviceCordon(fault.code, fault.message, at))
+
     async def _drain(self) -> None:
         """Unready, out of etcd, then no new connections, then the end of what is in flight."""
         settings = self._settings
         log.info("node_draining", node=settings.id)
         self._draining = True
         deadline_s = asyncio.get_running_loop().time() + settings.drain_s
+        self.happened(EventType.NODE_LEFT, settings.id, {})
         await self._session.stop()
+        await self._events.stop()
         await asyncio.sleep(min(settings.drain_delay_s, settings.drain_s))
         left_s = max(0.0, deadline_s - asyncio.get_running_loop().time())
         await self._app.stop(drain_s=left_s)

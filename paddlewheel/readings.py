@@ -60,6 +60,14 @@ def _models(manager: Manager, follower: Follower) -> Iterator[Reading]:
         "swaps", "Swaps of routing.",
         tuple(({"model": view.name}, view.swaps) for view in views), is_counter=True,
     )  # fmt: skip
+    rollbacks = [
+        ({"model": view.name, "reason": code}, float(count))
+        for view in views
+        for code, count in view.rollbacks.items()
+    ]
+    yield Reading(
+        "rollback", "Rollbacks, by the code of the fault.", tuple(rollbacks), is_counter=True
+    )
     results = [
         ({"model": view.name, "result": result}, float(count))
         for view in views

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loader.lifecycle import State
-from loader.manager import ModelView
+from loader.model import ModelView
 from loader.plan import is_pending
 from loader.servable import Servable
 from registry.document_tree import FieldError
@@ -80,31 +79,9 @@ def model_status(
             live=intended.live if intended else None,
             canary=intended.canary.version if intended and intended.canary else None,
         ),
-        reason=difference(view) if view is not None else None,
+        reason=view.reason if view is not None else None,
         servables=tuple(servable_status(s) for s in view.servables) if view is not None else (),
     )
-
-
-def difference(view: ModelView) -> str | None:
-    """Why what is in force is not what the document asks for; ``None`` when it is."""
-    if view.aspiration is None:
-        return "deleted" if view.servables else None
-    for id in (view.aspiration.live, view.aspiration.canary):
-        for servable in view.servables:
-            if servable.id != id or servable.is_loaded:
-                continue
-            match servable.state:
-                case State.FAILED:
-                    return f"{id.version} failed: {servable.reason}"
-                case State.QUARANTINED:
-                    return f"{id.version} quarantined: {servable.reason}"
-                case State.DRAINING:
-                    return f"{id.version} is draining before it is loaded again"
-                case _:
-                    return f"{id.version} is {servable.state}"
-    if view.in_force.revision != view.aspiration.revision:
-        return "not applied yet"
-    return None
 
 
 def one_line(error: FieldError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loader.lifecycle import State
-from loader.manager import ModelView
+from loader.model import ModelView
 from registry.inference import Predictor
 from registry.names import ModelName, ServableId, Version
 from registry.spec import Limits
@@ -33,8 +33,7 @@ def route_of(view: ModelView) -> Route:
     unavailable = {
         servable.id.version: f"{servable.state}: {servable.reason}"
         for servable in view.servables
-        if servable.state in (State.FAILED, State.QUARANTINED)
-        and servable.id.version not in pinned
+        if servable.state in (State.FAILED, State.QUARANTINED) and servable.id.version not in pinned
     }
     return Route(
         model=view.name,

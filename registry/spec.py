@@ -40,6 +40,7 @@ from registry.spec_values import (
     ModelNameText,
     Options,
     OptionValue,
+    PositiveMilliseconds,
     PositiveSeconds,
     Replicas,
     Seconds,
@@ -153,6 +154,19 @@ class Warmup(Value):
     """Absolute tolerance of the golden outputs."""
 
 
+class RollbackOn(Value):
+    """Further reasons to roll back."""
+
+    codes: tuple[Code, ...] = ()
+    """As ``rollback.codes``, which it replaces when it is not empty."""
+    nan_rate: Annotated[float, Field(ge=0, le=1), wants("a share in 0..1")] | None = None
+    """Share of answers that may hold NaN or Inf. Such an answer is tried on the standby first."""
+    p95_ms: PositiveMilliseconds | None = None
+    """Milliseconds that 95 % of the answers must not exceed, queue included."""
+    min_samples: Count = 50
+    """Answers before either is judged."""
+
+
 class Rollback(Value):
     """When the version before takes over by itself."""
 
@@ -166,6 +180,8 @@ class Rollback(Value):
     """How many nodes must have seen it before the whole fleet rolls back."""
     bake_s: Seconds = 600.0
     """Seconds for which the version before stays loaded as the standby; 0: no standby."""
+    on: RollbackOn | None = None
+    """Further reasons: the rate of NaN answers, a latency objective."""
 
 
 def _half_of_timeout(given: dict[str, Any]) -> float:

@@ -177,6 +177,9 @@ Seconds = Annotated[float, Ge(0), Le(YEAR_S), AllowInfNan(False), wants("seconds
 PositiveSeconds = Annotated[
     float, Gt(0), Le(YEAR_S), AllowInfNan(False), wants("seconds, more than 0 and up to a year")
 ]
+PositiveMilliseconds = Annotated[
+    float, Gt(0), Le(YEAR_S * 1000), AllowInfNan(False), wants("milliseconds, more than 0")
+]
 
 
 def _shape(value: tuple[int, ...]) -> tuple[int, ...]:

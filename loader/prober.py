@@ -1,0 +1,95 @@
+"""A real inference now and then on what nobody asks: readiness through the serving path itself.
+
+A ping says that a process answers; only an inference says that a predictor does. A probe that
+fails or hangs is a fault like any other, so a worker set that is hung or poisoned while idle is
+found, replaced and counted before a client meets it. On a device that was cordoned for what its
+versions did, probes that succeed in a row lift the cordon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import structlog
+
+from loader.devices import DevicePool
+from loader.errors import NotAdmitted
+from loader.manager import Manager
+from loader.servable import Servable
+from loader.warmup import warmup_feeds
+from registry.inference import Inference, InferenceError, Overloaded
+from registry.names import ServableId
+
+log = structlog.get_logger(__name__)
+
+IDLE_S = 10.0
+CORDONED_S = 2.0
+"""How often a cordoned device is tried."""
+GOOD_IN_A_ROW = 3
+TIMEOUT_S = 30.0
+
+
+class Prober:
+    """Runs beside the manager, on its event loop."""
+
+    def __init__(self, manager: Manager, devices: DevicePool, *, idle_s: float = IDLE_S) -> None:
+        self._manager = manager
+        self._devices = devices
+        self._idle_s = idle_s
+        self._answered: dict[ServableId, int] = {}
+        self._good: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        """Probe until cancelled."""
+        next_idle_s = 0.0
+        while True:
+            await asyncio.sleep(min(CORDONED_S, self._idle_s))
+            await self._try_cordoned()
+            if asyncio.get_running_loop().time() >= next_idle_s:
+                next_idle_s = asyncio.get_running_loop().time() + self._idle_s
+                await self._try_idle()
+
+    async def _try_idle(self) -> None:
+        servables = [s for s in self._loaded() if self._is_idle(s)]
+        await asyncio.gather(*(self._probe(servable) for servable in servables))
+        self._answered = {s.id: s.pool.answered for s in self._loaded() if s.pool is not None}
+
+    def _is_idle(self, servable: Servable) -> bool:
+        pool = servable.pool
+        return (
+            pool is not None
+            and not pool.in_flight
+            and self._answered.get(servable.id) == pool.answered
+        )
+
+    async def _try_cordoned(self) -> None:
+        for usage in self._devices.usage():
+            if usage.cordoned is None or usage.cordoned.is_hardware:
+                self._good.pop(usage.id, None)
+                continue
+            servables = [s for s in self._loaded() if s.recipe.device == usage.id]
+            answers = await asyncio.gather(*(self._probe(servable) for servable in servables))
+            self._good[usage.id] = self._good[usage.id] + 1 if all(answers) else 0
+            if self._good[usage.id] >= GOOD_IN_A_ROW:
+                self._good.pop(usage.id)
+                self._manager.uncordon(usage.id)
+
+    def _loaded(self) -> list[Servable]:
+        return [s for view in self._manager.views() for s in view.servables if s.is_loaded]
+
+    async def _probe(self, servable: Servable) -> Inference | None:
+        """One run of the warm-up input; what its failure leads to, the fault path decides."""
+        pool = servable.pool
+        if pool is None:
+            return None
+        deadline_s = asyncio.get_running_loop().time() + TIMEOUT_S
+        try:
+            feeds = warmup_feeds(pool.signature, servable.recipe)[0]
+            return await pool.infer(feeds, deadline_s=deadline_s)
+        except NotAdmitted:
+            return None
+        except InferenceError as exc:
+            if not isinstance(exc, Overloaded):
+                log.info("probe_failed", servable=str(servable.id), error=str(exc))
+            return None
