@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -25,12 +26,6 @@ PADDLE_IMPORT_TIMEOUT_S = 120.0
 FREE_DISK_WANTED_BYTES = 2 * _GB
 SHM_WANTED_BYTES = 256 * _MB
 OPEN_FILES_WANTED = 4096
-
-RUNTIME_PACKAGES = (
-    "aiohttp", "click", "fsspec", "grpcio", "numpy", "orjson", "prometheus-client", "protobuf",
-    "psutil", "pydantic", "python-ulid", "pyyaml", "rich", "structlog", "tenacity", "uvloop",
-    "watchdog",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +113,17 @@ def _pidfd() -> Check:
 
 
 def package_checks() -> list[Check]:
-    missing = [name for name in RUNTIME_PACKAGES if _installed(name) is None]
+    """Whether what this distribution says it needs is there; extras are not asked for."""
+    try:
+        requirements = importlib.metadata.requires("paddlewheel") or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Check("packages", "warn", "not installed, run from a checkout", "pip install -e .")]
+    names = [re.split(r"[^A-Za-z0-9._-]", each)[0] for each in requirements if "extra" not in each]
+    missing = [name for name in names if _installed(name) is None]
     if missing:
-        return [Check("packages", "fail", f"missing: {', '.join(missing)}", "reinstall")]
-    return [Check("packages", "ok", f"{len(RUNTIME_PACKAGES)} runtime packages installed")]
+        hint = f"pip install {' '.join(missing)}"
+        return [Check("packages", "fail", f"missing: {', '.join(missing)}", hint)]
+    return [Check("packages", "ok", f"{len(names)} runtime packages installed")]
 
 
 def _installed(name: str) -> str | None:

@@ -31,10 +31,9 @@ _MARKS: dict[Finding, tuple[str, str]] = {
 
 def default_cache_dir() -> Path:
     """Where a node keeps fetched models unless told otherwise."""
-    import os
+    from paddlewheel.settings import DEFAULT_CACHE
 
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "paddlewheel"
+    return DEFAULT_CACHE
 
 
 @click.command()
@@ -58,7 +57,7 @@ def doctor(etcd: EtcdOptions, cache: Path, skip_paddle: bool, output: OutputForm
     groups: list[tuple[str, Callable[[], list[Check]]]] = [
         ("host", host_checks),
         ("packages", package_checks),
-        ("cache", lambda: cache_checks(cache)),
+        ("cache", lambda: cache_checks(cache.expanduser())),
         ("gpu", gpu_checks),
         ("etcd", lambda: etcd_checks(etcd)),
     ]
