@@ -172,15 +172,16 @@ class EtcdCluster:
         self.user, self.password = user, password
 
     def wait_healthy(self, timeout_s: float = 30.0) -> None:
-        """Until every running, thawed member has a leader."""
+        """Until every started, thawed member has a leader. Raises when one of them ended."""
         deadline_s = time.monotonic() + timeout_s
-        waiting = [m for m in self.members if m.is_running and not m.is_frozen]
+        waiting = [m for m in self.members if m.process is not None and not m.is_frozen]
         while waiting:
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"{[m.name for m in waiting]} not healthy; see {self.folder}")
             for member in list(waiting):
                 if member.process is not None and member.process.poll() is not None:
-                    raise RuntimeError(f"{member.name} ended; see {self.folder}")
+                    log = (self.folder / f"{member.name}.log").read_text()[-1500:]
+                    raise RuntimeError(f"{member.name} ended with {member.process.poll()}: {log}")
                 if self._ask(member, "/health", None).get("health") == "true":
                     waiting.remove(member)
             time.sleep(0.05)

@@ -1,4 +1,9 @@
-"""Members die, freeze and come back; nobody loses, repeats or reorders anything."""
+"""Members die, freeze and come back; nobody loses, repeats or reorders anything.
+
+Members that come back were ended by SIGTERM. etcd 3.5.0 to 3.5.2, the `etcd` extra's among them,
+may skip entries after a kill -9 under load, and then serve a history of their own: that is theirs,
+and no client can mend it (decision 0004).
+"""
 
 from __future__ import annotations
 
@@ -9,49 +14,52 @@ import pytest
 
 from registry.etcd import EtcdStore
 from registry.store import Unavailable
-from tests.etcd import EtcdCluster, etcd_cluster
+from tests.etcd import EtcdCluster, EtcdMember, etcd_cluster
 from tests.fault.etcd_history import PREFIX, end_writing, history
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[EtcdCluster]:
+    """A fresh one for every test: what was killed does not come back (see below)."""
     with etcd_cluster(3) as cluster:
         yield cluster
 
 
 @pytest.fixture
 async def stores(cluster: EtcdCluster) -> AsyncIterator[list[EtcdStore]]:
-    """A writer and three watchers, each beginning with another member; health before and after."""
-    await asyncio.to_thread(cluster.wait_healthy)
+    """A writer and three watchers, each beginning with another member."""
     stores = [EtcdStore.connect(cluster.settings(first=first)) for first in (0, 0, 1, 2)]
     try:
         yield stores
-        await asyncio.to_thread(cluster.heal)
-        await stores[0].delete_prefix(PREFIX)
     finally:
         for store in stores:
             await store.close()
 
 
-async def test_the_leader_is_killed(cluster: EtcdCluster, stores: list[EtcdStore]) -> None:
+@pytest.mark.parametrize("which", ["leader", "follower"])
+async def test_a_member_is_killed(
+    cluster: EtcdCluster, stores: list[EtcdStore], which: str
+) -> None:
+    """kill -9, and two go on."""
     async with history(*stores) as record:
-        leader = cluster.members[await asyncio.to_thread(cluster.leader)]
-        leader.kill()
-        await record.until_written(20, within_s=15)
-        leader.start()
-        await asyncio.to_thread(cluster.wait_healthy)
-        await record.until_written(5, within_s=10)
+        leader = await asyncio.to_thread(cluster.leader)
+        cluster.members[leader if which == "leader" else (leader + 1) % 3].kill()
+        await record.until_written(30, within_s=15)
         await end_writing(record)
         await record.check(stores[0])
 
 
-async def test_a_follower_is_killed(cluster: EtcdCluster, stores: list[EtcdStore]) -> None:
+async def test_the_leader_leaves_and_comes_back(
+    cluster: EtcdCluster, stores: list[EtcdStore]
+) -> None:
     async with history(*stores) as record:
-        leader = await asyncio.to_thread(cluster.leader)
-        follower = cluster.members[(leader + 1) % 3]
-        follower.kill()
-        await record.until_written(20, within_s=10)
-        follower.start()
+        member = cluster.members[await asyncio.to_thread(cluster.leader)]
+        await asyncio.to_thread(member.stop)
+        await record.until_written(20, within_s=15)
+        member.start()
+        await asyncio.to_thread(cluster.wait_healthy)
+        for store in stores:
+            store.leave_member()
         await record.until_written(20, within_s=10)
         await end_writing(record)
         await record.check(stores[0])
@@ -61,13 +69,12 @@ async def test_all_members_are_away_for_five_seconds(
     cluster: EtcdCluster, stores: list[EtcdStore]
 ) -> None:
     async with history(*stores) as record:
-        for member in cluster.members:
-            member.kill()
+        await stop_all(cluster.members)
         loop = asyncio.get_running_loop()
-        killed_s = loop.time()
+        stopped_s = loop.time()
         with pytest.raises(Unavailable):
             await stores[1].get(f"{PREFIX}0")
-        assert loop.time() - killed_s < 5.5
+        assert loop.time() - stopped_s < 5.5
         for member in cluster.members:
             member.start()
         await asyncio.to_thread(cluster.wait_healthy)
@@ -97,16 +104,20 @@ async def test_a_member_is_frozen(
 async def test_quorum_is_lost_and_comes_back(cluster: EtcdCluster, stores: list[EtcdStore]) -> None:
     async with history(*stores) as record:
         leader = await asyncio.to_thread(cluster.leader)
-        killed = [cluster.members[leader], cluster.members[(leader + 1) % 3]]
-        for member in killed:
-            member.kill()
+        away = [cluster.members[leader], cluster.members[(leader + 1) % 3]]
+        await stop_all(away)
         before = record.written
         with pytest.raises(Unavailable):
             await stores[1].get(f"{PREFIX}0")
         assert record.written <= before + 1
-        for member in killed:
+        for member in away:
             member.start()
         await asyncio.to_thread(cluster.wait_healthy)
         await record.until_written(10, within_s=15)
         await end_writing(record)
         await record.check(stores[0])
+
+
+async def stop_all(members: list[EtcdMember]) -> None:
+    """SIGTERM to all at once, and wait until they ended."""
+    await asyncio.gather(*(asyncio.to_thread(member.stop) for member in members))

@@ -75,6 +75,28 @@ async def test_it_dies_with_us() -> None:
     shutil.rmtree(folder)
 
 
+async def test_children_start_well_while_etcd_is_spoken_to() -> None:
+    """gRPC's fork handlers, unless switched off, crash one child in six."""
+    async with EmbeddedEtcd() as etcd:
+        stores = [EtcdStore.connect(EtcdSettings((etcd.endpoint,))) for _ in range(4)]
+        is_done = asyncio.Event()
+
+        async def keep_asking(store: EtcdStore) -> None:
+            while not is_done.is_set():
+                await store.get("/k")
+
+        asking = [asyncio.create_task(keep_asking(store)) for store in stores]
+        returncodes: list[int] = []
+        for _ in range(100):
+            child = await asyncio.create_subprocess_exec("true", preexec_fn=lambda: None)
+            returncodes.append(await child.wait())
+        is_done.set()
+        await asyncio.gather(*asking)
+        for store in stores:
+            await store.close()
+    assert set(returncodes) == {0}
+
+
 def _is_gone(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
