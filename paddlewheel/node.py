@@ -137,20 +137,28 @@ class Node:
                 "" if self._follower.knows_configs else "neither etcd nor a snapshot so far",
             ),
         ]
-        for usage in self._devices.usage():
-            cordoned = usage.cordoned
-            detail = "" if cordoned is None else f"cordoned: {cordoned.reason}"
-            checks.append(Check(f"device:{usage.id}", cordoned is None, detail))
+        cordoned = {
+            usage.id: usage.cordoned
+            for usage in self._devices.usage()
+            if usage.cordoned is not None
+        }
         for view in self._manager.views():
-            if view.aspired is not None:
+            if view.aspired is None:
+                continue
+            cordon = cordoned.get(view.aspired.spec.placement.device)
+            if cordon is not None:
+                detail = f"its device is cordoned: {cordon.reason}"
+            else:
                 detail = "" if view.can_serve else (view.reason or "no worker is alive")
-                checks.append(Check(f"model:{view.name}", view.can_serve, detail))
+            checks.append(Check(f"model:{view.name}", not detail, detail))
         ready = all(check.ok for check in checks)
         self._was_ready = self._was_ready or ready
         silent_s = asyncio.get_running_loop().time() - self._manager.last_turn_s
         live = silent_s < 2 * self._settings.lease_ttl_s
         checks.append(Check("control_loop", live, f"last turn {silent_s:.1f} s ago"))
-        # For people: neither makes a node that serves unready.
+        # For people: none of these makes a node that serves unready.
+        for device, cordon in cordoned.items():
+            checks.append(Check(f"device:{device}", False, f"cordoned: {cordon.reason}"))
         checks.append(Check("etcd_lease", True, "held" if self._session.has_lease else "lost"))
         return Health(ready=ready, started=self._was_ready, live=live, checks=checks)
 
@@ -208,7 +216,7 @@ class Node:
     def _announce(self) -> None:
         record = NodeRecord(
             id=self._settings.id,
-            http=self._http,
+            http=self._settings.advertise or self._http,
             started_at=self._started_at,
             devices=tuple(_device_record(usage) for usage in self._devices.usage()),
             labels=self._settings.labels,

@@ -20,6 +20,8 @@ class NodeSettings:
     host: str = "127.0.0.1"
     port: int = 8500
     """0 asks for a free one."""
+    advertise: str | None = None
+    """``http://host:port`` under which others reach this node; ``None``: as it listens."""
     devices: tuple[str, ...] = ("cpu",)
     """``cpu``, ``gpu:0``, with a quota ``gpu:0,memoryMB=16000``."""
     cache: Path = DEFAULT_CACHE

@@ -106,6 +106,12 @@ def release(model: str, version: str, etcd: EtcdOptions) -> None:
     async def work(connection: Connection) -> None:
         key = connection.keys.quarantine(ModelName(model), Version(version))
         held = await connection.store.get(key)
+        faults = connection.keys.faults_prefix(ModelName(model), Version(version))
+        forgotten = await connection.store.delete_prefix(faults)
+        if held is None and forgotten:
+            # One node, or fewer than the quorum, took it out for themselves.
+            click.echo(f"{model} {version} released ({forgotten} nodes had taken it out)")
+            return
         if held is None:
             listed = await connection.store.list_prefix(
                 connection.keys.quarantine_prefix(ModelName(model))

@@ -81,6 +81,10 @@ def serving_options(command: Decorated) -> Decorated:
     "--listen", default="127.0.0.1:8500", metavar="HOST:PORT", show_default=True,
     help="Where HTTP is served; port 0 asks for a free one.",
 )  # fmt: skip
+@click.option(
+    "--advertise", metavar="URL",
+    help="Where others reach this node, when that is not where it listens.",
+)  # fmt: skip
 @click.option("--id", "node_id", metavar="ID", help="This node's name.  [the host's name]")
 def node(
     etcd: EtcdOptions, listen: str, node_id: str | None, **settings: Any
