@@ -299,7 +299,6 @@ class WorkerPool:
         """Raises `BadInput` when the tensors cannot travel."""
         assert seat.worker is not None
         request.started_s = self._loop.time()
-        on_done = partial(self._done, seat, seat.worker, request)
         drill = self._oversight.drill
         seat.worker.submit(
             request.feeds,
