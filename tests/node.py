@@ -291,10 +291,12 @@ class Models:
     name: ModelName = MLP
     spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """More of the document's ``spec``."""
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """``hidden``, ``layers`` ... of `make_mlp`."""
 
     def __post_init__(self) -> None:
         for version in self.versions:
-            make_mlp(self.source(version), seed=int(version), tag=float(version))
+            make_mlp(self.source(version), seed=int(version), tag=float(version), **self.sizes)
 
     def source(self, version: str) -> Path:
         return self.folder / self.name / version
