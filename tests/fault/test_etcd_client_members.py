@@ -65,16 +65,12 @@ async def test_the_leader_leaves_and_comes_back(
         await record.check(stores[0])
 
 
-async def test_all_members_are_away_for_five_seconds(
+async def test_all_members_are_away_for_seconds(
     cluster: EtcdCluster, stores: list[EtcdStore]
 ) -> None:
     async with history(*stores) as record:
         await stop_all(cluster.members)
-        loop = asyncio.get_running_loop()
-        stopped_s = loop.time()
-        with pytest.raises(Unavailable):
-            await stores[1].get(f"{PREFIX}0")
-        assert loop.time() - stopped_s < 5.5
+        await says_unavailable_in_time(cluster)
         for member in cluster.members:
             member.start()
         await asyncio.to_thread(cluster.wait_healthy)
@@ -107,8 +103,7 @@ async def test_quorum_is_lost_and_comes_back(cluster: EtcdCluster, stores: list[
         away = [cluster.members[leader], cluster.members[(leader + 1) % 3]]
         await stop_all(away)
         before = record.written
-        with pytest.raises(Unavailable):
-            await stores[1].get(f"{PREFIX}0")
+        await says_unavailable_in_time(cluster)
         assert record.written <= before + 1
         for member in away:
             member.start()
@@ -121,3 +116,16 @@ async def test_quorum_is_lost_and_comes_back(cluster: EtcdCluster, stores: list[
 async def stop_all(members: list[EtcdMember]) -> None:
     """SIGTERM to all at once, and wait until they ended."""
     await asyncio.gather(*(asyncio.to_thread(member.stop) for member in members))
+
+
+async def says_unavailable_in_time(cluster: EtcdCluster) -> None:
+    """A read ends at its deadline of one second, give or take."""
+    store = EtcdStore.connect(cluster.settings(timeout_s=1))
+    loop = asyncio.get_running_loop()
+    asked_s = loop.time()
+    try:
+        with pytest.raises(Unavailable):
+            await store.get(f"{PREFIX}0")
+        assert loop.time() - asked_s < 2
+    finally:
+        await store.close()
