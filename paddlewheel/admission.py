@@ -28,8 +28,8 @@ def local_sizes(document: ModelDocument) -> Sizes:
     """
     sizes = dict[str, int]()
     for entry in document.spec.versions:
-        path = Path(entry.source.removeprefix("file://"))
-        if "://" in str(path):
+        path = entry.source.removeprefix("file://")
+        if "://" in path:
             continue
         with contextlib.suppress(OSError):
             sizes[entry.source] = sum(
