@@ -30,7 +30,11 @@ class NotAdmitted(LoaderError):
 
 
 class LoadFailed(LoaderError):
-    """Paddle refused the model, or loading passed its deadline."""
+    """Paddle refused the model."""
+
+
+class LoadTimedOut(LoaderError):
+    """Loading passed its deadline: it may go better another time."""
 
 
 class WorkerDied(LoaderError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loader.compatibility import breach
-from loader.errors import LoadFailed, NotAdmitted
+from loader.errors import LoadTimedOut, NotAdmitted
 from loader.recipe import Recipe
 from loader.worker import Worker
 from registry.inference import Signature
@@ -40,7 +40,7 @@ class Loading:
     """The steps from bytes on disk to warm workers, in the order of SPEC section 4.
 
     Nothing outside is touched before the end: a failure at any step ends the workers made so far
-    and raises `NotAdmitted`, `LoadFailed` or `WorkerDied`.
+    and raises `NotAdmitted`, `LoadFailed`, `LoadTimedOut` or `WorkerDied`.
     """
 
     recipe: Recipe
@@ -57,12 +57,12 @@ class Loading:
     """For all of `run`, and for each `replacement`."""
 
     async def run(self) -> Ready:
-        """Make all replicas ready."""
+        """Make all replicas ready. The clock starts with the first worker's life, not before."""
         workers: list[Worker] = []
         try:
+            first = await self.spawn()
+            workers.append(first)
             async with asyncio.timeout(self.timeout_s):
-                first = await self.spawn()
-                workers.append(first)
                 started_s = time.perf_counter()
                 signature = await first.check(self.folder, self.recipe)
                 if signature is not None:
@@ -84,7 +84,7 @@ class Loading:
                 return Ready(tuple(workers), loaded.signature)
         except TimeoutError:
             await end(workers)
-            raise LoadFailed(
+            raise LoadTimedOut(
                 f"not ready within the load deadline of {self.timeout_s:g} s"
             ) from None
         except BaseException:
@@ -93,14 +93,14 @@ class Loading:
 
     async def replacement(self) -> Worker:
         """One more worker of the same servable; its files were checked before."""
-        async with asyncio.timeout(self.timeout_s):
-            worker = await self.spawn()
-            try:
+        worker = await self.spawn()
+        try:
+            async with asyncio.timeout(self.timeout_s):
                 await _make_serving(worker, self.folder, self.recipe)
-            except BaseException:
-                await end([worker])
-                raise
-            return worker
+        except BaseException:
+            await end([worker])
+            raise
+        return worker
 
     def _check_signature(self, signature: Signature) -> None:
         if self.predecessor is None:

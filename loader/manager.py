@@ -23,7 +23,7 @@ import structlog
 from loader import policy
 from loader.devices import BadDevice, Cordon, Cordoned, DevicePool, OutOfQuota, Priority
 from loader.drills import DrillBox
-from loader.errors import FetchFailed, LoaderError, NotAdmitted, WorkerDied
+from loader.errors import FetchFailed, LoaderError, LoadTimedOut, NotAdmitted, WorkerDied
 from loader.fault_desk import FaultDesk
 from loader.faults import Fault
 from loader.lifecycle import UNDERWAY, State
@@ -35,7 +35,7 @@ from loader.policy import Aspiration, InForce, World
 from loader.pool import WorkerPool
 from loader.repository import Fetched, ModelRepository
 from loader.servable import Servable
-from loader.zygote import Zygote
+from loader.zygote import Zygote, ZygoteFailed
 from registry.errors import PaddlewheelError
 from registry.events import EventType
 from registry.names import ModelName, NodeId, Revision, ServableId, Version
@@ -512,7 +512,7 @@ class Manager:
         reason = str(error) or repr(error)
         servable.move(State.FAILED, reason)
         model.reloads["failed"] += 1
-        may_heal = isinstance(error, WorkerDied | OSError) or (
+        may_heal = isinstance(error, WorkerDied | LoadTimedOut | ZygoteFailed | OSError) or (
             isinstance(error, FetchFailed) and error.retryable
         )
         if may_heal:

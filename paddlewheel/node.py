@@ -30,6 +30,7 @@ from loader.prober import Prober
 from loader.repository import ModelRepository
 from loader.zygote import Zygote, ZygoteFailed
 from paddlewheel.admission import DocumentAdmission
+from paddlewheel.applied import Applied
 from paddlewheel.follower import Follower
 from paddlewheel.gpu_quota import quotas_mb
 from paddlewheel.logs import configure_logs
@@ -113,6 +114,7 @@ class Node:
             manager=self._manager,
             path=folder / "quarantines.json",
         )
+        self._applied = Applied(folder / "applied.json")
         self._events = EventWriter(self._store, self._keys, node_source(settings.id))
         self._app = App(
             self,
@@ -173,9 +175,11 @@ class Node:
 
     def publish(self, view: ModelView) -> None:
         self._app.publish(self._routes.put(view))
+        self._applied.note(view)
 
     def withdraw(self, model: ModelName) -> None:
         self._app.publish(self._routes.remove(model))
+        self._applied.forget(model)
         self._session.remove(self._keys.status(model, self._settings.id))
         self._announce()
 
@@ -249,6 +253,7 @@ class Node:
             stack.push_async_callback(self._zygote.close)
             stack.push_async_callback(self._manager.close)
             stack.push_async_callback(self._gpus.close)
+            self._applied.restore(self._manager)
             await self._follower.restore()
             self._verdicts.restore()
             self._announce()
@@ -262,6 +267,7 @@ class Node:
                     ("follower", self._follower.run()),
                     ("zygote", self._keep_zygote()),
                     ("verdicts", self._verdicts.run()),
+                    ("applied", self._applied.run()),
                     ("prober", self._prober.run()),
                     ("gpus", self._watch_gpus()),
                     ("stop", self._wait_for_stop()),

@@ -1,0 +1,90 @@
+"""What this node last had in force, on its disk: the version to fall back to after a restart.
+
+Last-good versions are written once a bake is over. A node that restarts before that, with a newest
+document whose version can't be made ready, still knows from here what it served a moment ago.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+import structlog
+
+from loader.manager import Manager
+from loader.model import ModelView
+from registry.names import ModelName, Revision, Version
+from registry.spec import ConfigError, ModelDocument, parse_model
+
+log = structlog.get_logger(__name__)
+
+
+class Applied:
+    """One small file; written off the event loop, only when a live version changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[ModelName, dict[str, Any]] = {}
+        self._changed = asyncio.Event()
+
+    def restore(self, manager: Manager) -> None:
+        """Offer what was in force to the manager, to be loaded only if nothing else can serve."""
+        try:
+            rows = orjson.loads(self._path.read_bytes())
+            for name, row in rows.items():
+                document = parse_model(orjson.dumps(row["document"]), name=ModelName(name))
+                manager.set_fallback(document, Version(row["version"]), Revision(row["revision"]))
+                self._rows[document.name] = row
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as exc:
+            log.warning("applied_ignored", path=str(self._path), reason=str(exc))
+
+    def note(self, view: ModelView) -> None:
+        """Remember what ``view`` has in force, if a live version is."""
+        live, document = view.in_force.live, view.document
+        if live is None or document is None or not _lists(document, live.version):
+            return
+        before = self._rows.get(view.name)
+        key = (live.version, live.digest)
+        if before is not None and (before["version"], before["digest"]) == key:
+            return
+        self._rows[view.name] = {
+            "version": live.version,
+            "digest": live.digest,
+            "revision": view.in_force.revision,
+            "document": document.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        }
+        self._changed.set()
+
+    def forget(self, model: ModelName) -> None:
+        """The model is gone."""
+        if self._rows.pop(model, None) is not None:
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Save until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            data = orjson.dumps(self._rows)
+            try:
+                await asyncio.to_thread(self._save, data)
+            except OSError as exc:
+                log.warning("applied_not_saved", path=str(self._path), reason=str(exc))
+
+    def _save(self, data: bytes) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_suffix(".new")
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self._path)
+
+
+def _lists(document: ModelDocument, version: Version) -> bool:
+    return any(entry.version == version for entry in document.spec.versions)
