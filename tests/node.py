@@ -1,4 +1,4 @@
-"""One real `paddlewheel node` (or `up`) as a process, its etcd, and judged traffic on it.
+"""`paddlewheel node` (or another command that stays) as a real process, and what it says of itself.
 
 Whatever a test does, nothing outlives it: everything ends by its pid, and so it does when the
 test process itself is killed.
@@ -10,72 +10,28 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
-import numpy as np
-import psutil
 
-from paddlewheel.bench.checks import infer_body, outputs_of_version
-from paddlewheel.bench.load import Verify, http_request
-from paddlewheel.bench.load_process import LoadProcess, Plan, PlannedRequest
-from paddlewheel.bench.samples import Result
-from paddlewheel.models import make_mlp, reference
 from paddlewheel.parentage import end_with_parent
 from registry.etcd import EtcdSettings, EtcdStore
-from registry.keys import Keys
 from registry.names import ModelName, NodeId, Revision
 from registry.records import HistoryEntry, ModelStatus
 from registry.store import KeyValue, Store
 from tests.eventually import eventually
+from tests.processes import Kin, descendants
+from tests.served import KEYS, MLP
 
-KEYS = Keys()
-MLP = ModelName("mlp")
-OUTPUT = "fetch_name_0"
 READY_WITHIN_S = 60.0
 SERVES_WITHIN_S = 40.0
 """From a start to the first answer: Paddle's import from a cold disk is most of it."""
 _ROOT = Path(__file__).parent.parent
-
-
-# --- processes --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kin:
-    """A process as it was seen once, told from a later one with its pid."""
-
-    pid: int
-    started_s: float
-    name: str
-
-    @property
-    def is_alive(self) -> bool:
-        """A zombie is not: it only waits for whoever adopted it."""
-        try:
-            process = psutil.Process(self.pid)
-            return (
-                process.create_time() == self.started_s
-                and process.status() != psutil.STATUS_ZOMBIE
-            )
-        except psutil.NoSuchProcess:
-            return False
-
-
-def descendants(pid: int) -> list[Kin]:
-    """All processes below ``pid``."""
-    found: list[Kin] = []
-    for child in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.append(Kin(child.pid, child.create_time(), child.name()))
-    return found
 
 
 class Command:
@@ -90,10 +46,9 @@ class Command:
     @classmethod
     async def start(
         cls, arguments: Sequence[str], folder: Path, *, environment: Mapping[str, str] | None = None
-    ) -> Command:
+    ) -> Self:
         """Start it and read its ready line; fails the test, with the log's end, without one."""
-        folder.mkdir(parents=True, exist_ok=True)
-        log_path = folder / f"{len(list(folder.glob('*.log')))}.log"
+        log_path = _next_log(folder)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PADDLEWHEEL_")}
         state = {"XDG_STATE_HOME": str(folder / "state")}
         with log_path.open("wb") as log_file:
@@ -132,9 +87,7 @@ class Command:
 
     def kin(self) -> list[Kin]:
         """The processes below it now; all that were ever asked for end with `end`."""
-        now: list[Kin] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            now = descendants(self.pid)
+        now = descendants(self.pid)
         self._kin.update(now)
         return now
 
@@ -187,6 +140,11 @@ class Command:
         return self.log_path.read_bytes()[-3000:].decode(errors="replace")
 
 
+def _next_log(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{len(list(folder.glob('*.log')))}.log"
+
+
 class Node(Command):
     """A node. ``id`` and ``folder`` outlive a restart."""
 
@@ -215,7 +173,11 @@ async def http_get(url: str) -> tuple[int, Any]:
 
 @asynccontextmanager
 async def node(
-    etcd: Sequence[str], folder: Path, *flags: str, lease_ttl_s: int = 2, listen: str = "127.0.0.1:0"
+    etcd: Sequence[str],
+    folder: Path,
+    *flags: str,
+    lease_ttl_s: int = 2,
+    listen: str = "127.0.0.1:0",
 ) -> AsyncIterator[Node]:
     """A running node; its cache is ``folder/cache``, so the same folder makes it the same node."""
     started = await Node.start(
@@ -226,7 +188,6 @@ async def node(
         ),
         folder,
     )  # fmt: skip
-    assert isinstance(started, Node)
     try:
         yield started
     finally:
@@ -241,154 +202,6 @@ async def store_of(endpoints: Iterable[str]) -> AsyncIterator[EtcdStore]:
         yield store
     finally:
         await store.close()
-
-
-# --- shared memory ----------------------------------------------------------------------------
-
-_MEMFD = re.compile(rb"([0-9a-f]+:[0-9a-f]+) (\d+) +/memfd:pw-")
-
-
-def memfds(pid: int) -> set[bytes]:
-    """Identities (``device inode``) of the arenas that a process has mapped."""
-    try:
-        maps = Path(f"/proc/{pid}/maps").read_bytes()
-    except (OSError, ValueError):
-        return set()
-    return {b" ".join(found) for found in _MEMFD.findall(maps)}
-
-
-def holders(wanted: set[bytes]) -> list[int]:
-    """The processes of this machine that have one of these mapped or open."""
-    inodes = {int(identity.split()[1]) for identity in wanted}
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (
-            memfds(int(entry.name)) & wanted or _open_memfds(entry) & inodes
-        ):
-            found.append(int(entry.name))
-    return found
-
-
-def _open_memfds(process: Path) -> set[int]:
-    found: set[int] = set()
-    with contextlib.suppress(OSError):
-        for descriptor in (process / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                if os.readlink(descriptor).startswith("/memfd:pw-"):
-                    found.add(descriptor.stat().st_ino)
-    return found
-
-
-# --- models, documents ------------------------------------------------------------------------
-
-
-@dataclass
-class Models:
-    """Versions of one MLP, told apart by the last column of every answer, and their document."""
-
-    folder: Path
-    versions: Sequence[str] = ("1", "2")
-    name: ModelName = MLP
-    spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """More of the document's ``spec``."""
-    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
-    """``hidden``, ``layers`` ... of `make_mlp`."""
-
-    def __post_init__(self) -> None:
-        for version in self.versions:
-            make_mlp(self.source(version), seed=int(version), tag=float(version), **self.sizes)
-
-    def source(self, version: str) -> Path:
-        return self.folder / self.name / version
-
-    def document(self, live: str, **labels: str) -> bytes:
-        return json.dumps(
-            {
-                "apiVersion": "paddlewheel/v1",
-                "kind": "Model",
-                "metadata": {"name": self.name, "labels": labels},
-                "spec": {
-                    "live": live,
-                    "versions": [
-                        {"version": v, "source": str(self.source(v))} for v in self.versions
-                    ],
-                    **self.spec,
-                },
-            }
-        ).encode()
-
-    async def put(self, store: Store, live: str, **labels: str) -> Revision:
-        """What ``etcdctl put`` does."""
-        return await store.put(KEYS.model(self.name), self.document(live, **labels))
-
-    def requests(self) -> tuple[PlannedRequest, ...]:
-        """The same input as JSON and as raw bytes; any version may answer, but only as itself."""
-        x = np.random.default_rng(7).standard_normal((2, 64), dtype=np.float32)
-        expected = {v: reference(self.source(v), x).tolist() for v in self.versions}
-        planned: list[PlannedRequest] = []
-        for kind in ("json", "binary"):
-            headers, body = infer_body({"x": x}, binary=kind == "binary")
-            data = http_request("POST", f"/v2/models/{self.name}/infer", body, headers=headers)
-            planned.append(
-                PlannedRequest(
-                    kind, data, judge="tests.node:judge", judge_args={"expected": expected}
-                )
-            )
-        return tuple(planned)
-
-
-def judge(expected: Mapping[str, Any]) -> Verify:
-    """Called in the load generator's process: the numbers of the version that the answer names."""
-    return outputs_of_version(
-        {v: {OUTPUT: np.asarray(rows, np.float32)} for v, rows in expected.items()}
-    )
-
-
-# --- traffic ----------------------------------------------------------------------------------
-
-
-class Traffic:
-    """Steady requests from another process; ``result`` is there once they ended."""
-
-    def __init__(self, process: LoadProcess) -> None:
-        self._process = process
-        self.result: Result | None = None
-
-    async def stop(self) -> Result:
-        if self.result is None:
-            self.result = await self._process.stop()
-        return self.result
-
-
-@asynccontextmanager
-async def traffic(
-    command: Command,
-    models: Models,
-    *,
-    rate_per_s: float = 80.0,
-    gap_max_s: float = 1.5,
-    timeout_s: float = 15.0,
-) -> AsyncIterator[Traffic]:
-    """Requests from here to the end of the block, which fails when a single one did.
-
-    gap_max_s: nor may there be so long a time without any answer.
-    """
-    host, _, port = command.http.removeprefix("http://").rpartition(":")
-    ticked = asyncio.Event()
-    plan = Plan(host, int(port), models.requests(), rate_per_s, 600.0, timeout_s=timeout_s)
-    process = await LoadProcess.start(plan, on_tick=lambda _: ticked.set())
-    try:
-        running = Traffic(process)
-        async with asyncio.timeout(20):
-            await ticked.wait()
-        yield running
-        result = await running.stop()
-    finally:
-        await process.kill()
-    assert not result.failed, (result.summary(), command.tail())
-    assert result.by(lambda sample: sample.name).keys() == {"json", "binary"}
-    assert len(result) > rate_per_s / 2
-    assert result.longest_gap_s() < gap_max_s, result.summary()
 
 
 # --- what etcd says of the node ---------------------------------------------------------------

@@ -12,19 +12,11 @@ from pathlib import Path
 
 import aiohttp
 
-from registry.store import Store
+from registry.store import Store, StoreError
 from tests.eventually import eventually
-from tests.node import (
-    KEYS,
-    MLP,
-    SERVES_WITHIN_S,
-    Command,
-    Kin,
-    Models,
-    http_get,
-    store_of,
-    traffic,
-)
+from tests.node import SERVES_WITHIN_S, Command, http_get, store_of
+from tests.processes import Kin
+from tests.served import KEYS, MLP, Models, traffic
 
 
 class Up(Command):
@@ -56,7 +48,6 @@ async def up(folder: Path, *flags: str) -> AsyncIterator[Up]:
         folder,
         environment={"TMPDIR": str(folder / "tmp")},
     )  # fmt: skip
-    assert isinstance(started, Up)
     try:
         yield started
     finally:
@@ -97,7 +88,7 @@ async def test_two_nodes_follow_a_folder_and_end_whole(tmp_path: Path) -> None:
         for url in started.urls:
             await until_live(url, "1")
         assert list((tmp_path / "tmp").iterdir()), "the data of an ephemeral etcd"
-        async with store_of([started.etcd]) as store, traffic(started, models):
+        async with store_of([started.etcd]) as store, traffic(started.http, models):
             await until_registered(store, 2)
             (configs / "mlp.json").write_bytes(models.document("2"))
             for url in started.urls:
@@ -115,7 +106,7 @@ async def test_a_killed_etcd_comes_back_at_its_address_with_its_data(tmp_path: P
     async with up(tmp_path, "--ephemeral") as started, store_of([started.etcd]) as store:
         await models.put(store, "1")
         await until_live(started.http, "1")
-        async with traffic(started, models):
+        async with traffic(started.http, models):
             for live in ("2", "1"):
                 killed = started.child("etcd")
                 os.kill(killed.pid, signal.SIGKILL)
@@ -139,8 +130,6 @@ async def test_a_killed_etcd_comes_back_at_its_address_with_its_data(tmp_path: P
 
 async def _patiently(store: Store) -> bytes | None:
     """The MLP's document, once etcd answers."""
-    from registry.store import StoreError
-
     async with asyncio.timeout(20):
         while True:
             with contextlib.suppress(StoreError):
@@ -158,7 +147,7 @@ async def test_a_killed_node_comes_back_at_its_address(tmp_path: Path) -> None:
         await models.put(store, "1")
         for url in started.urls:
             await until_live(url, "1")
-        async with traffic(started, models):  # on the first one; the second is killed
+        async with traffic(started.http, models):  # on the first one; the second is killed
             os.kill(started.ready["nodes"][1]["pid"], signal.SIGKILL)
             await eventually(lambda: bool(started.events("node_restarted")), within_s=30)
             await until_live(started.urls[1], "1")
@@ -193,5 +182,5 @@ async def test_data_kept_by_default_is_there_again(tmp_path: Path) -> None:
         assert await first.stop() == 0
     async with up(tmp_path) as again:
         await until_live(again.http, "2")
-        async with traffic(again, models):
+        async with traffic(again.http, models):
             pass

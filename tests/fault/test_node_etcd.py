@@ -18,21 +18,19 @@ import pytest
 
 from registry.etcd import EtcdStore
 from registry.names import ModelName, Revision
+from registry.store import Listing, StoreError
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
 from tests.node import (
-    KEYS,
-    MLP,
-    Models,
     Node,
     check_applied,
     node,
     registration,
     store_of,
-    traffic,
     until_applied,
     until_registered,
 )
+from tests.served import KEYS, MLP, Models, traffic
 from tests.tcp_proxy import TcpProxy, tcp_proxy
 
 TTL_S = 2
@@ -89,7 +87,7 @@ async def world(cluster: EtcdCluster, tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def test_etcd_is_killed_and_restarted(world: World) -> None:
-    async with traffic(world.node, world.models):
+    async with traffic(world.node.http, world.models):
         member = world.cluster.members[0]
         member.kill()
         # Long enough for the lease to be given up by the node's own clock.
@@ -105,7 +103,7 @@ async def test_etcd_is_killed_and_restarted(world: World) -> None:
 
 async def test_etcd_is_killed_again_and_again(world: World) -> None:
     """Back before the lease ends, each time in the middle of changes."""
-    async with traffic(world.node, world.models):
+    async with traffic(world.node.http, world.models):
         member = world.cluster.members[0]
         for live in ("2", "1", "2"):
             await world.put(live)
@@ -117,7 +115,7 @@ async def test_etcd_is_killed_again_and_again(world: World) -> None:
 
 
 async def test_etcd_is_frozen(world: World) -> None:
-    async with traffic(world.node, world.models):
+    async with traffic(world.node.http, world.models):
         member = world.cluster.members[0]
         member.freeze()
         # Written to a socket that nobody reads: done once etcd goes on.
@@ -140,7 +138,7 @@ async def test_etcd_is_frozen(world: World) -> None:
 
 
 async def test_the_node_is_cut_off_and_every_change_arrives_later(world: World) -> None:
-    async with traffic(world.node, world.models):
+    async with traffic(world.node.http, world.models):
         world.proxy.refuse()
         for live in ("2", "1", "2", "1", "2"):
             await world.put(live)
@@ -153,7 +151,7 @@ async def test_the_node_is_cut_off_and_every_change_arrives_later(world: World) 
 
 async def test_the_network_goes_silent_and_every_change_arrives_later(world: World) -> None:
     """No connection ends; nothing gets through."""
-    async with traffic(world.node, world.models):
+    async with traffic(world.node.http, world.models):
         world.proxy.passes.clear()
         for live in ("2", "1", "2"):
             await world.put(live)
@@ -165,7 +163,7 @@ async def test_the_network_goes_silent_and_every_change_arrives_later(world: Wor
 
 
 async def test_etcd_was_compacted_while_the_node_was_cut_off(world: World) -> None:
-    async with traffic(world.node, world.models):
+    async with traffic(world.node.http, world.models):
         world.proxy.refuse()
         for live in ("2", "1", "2"):
             await world.put(live)
@@ -182,7 +180,7 @@ async def test_etcd_was_compacted_while_the_node_was_cut_off(world: World) -> No
 
 
 async def test_all_leases_are_revoked(world: World) -> None:
-    async with traffic(world.node, world.models):
+    async with traffic(world.node.http, world.models):
         for _ in range(2):
             leases = await asyncio.to_thread(world.cluster.etcdctl, "lease", "list")
             for lease in leases.split()[3:]:
@@ -202,8 +200,6 @@ async def test_the_keys_are_deleted_by_somebody(world: World) -> None:
 
 async def _put_until_done(store: EtcdStore, document: bytes) -> None:
     """A client with a patience of its own; etcd may well do it twice."""
-    from registry.store import StoreError
-
     while True:
         try:
             await store.put(KEYS.model(MLP), document)
@@ -214,8 +210,6 @@ async def _put_until_done(store: EtcdStore, document: bytes) -> None:
 
 async def _revisions_since(store: EtcdStore, after: Revision) -> list[Revision]:
     """Every revision of the document after this one, from etcd itself."""
-    from registry.store import Listing
-
     head = await store.get(KEYS.model(MLP))
     assert head is not None
     found: list[Revision] = []
@@ -250,7 +244,7 @@ async def test_the_leader_of_three_is_killed(tmp_path: Path) -> None:
         ):
             revisions = [await models.put(store, "1")]
             await until_applied(store, revisions[-1])
-            async with traffic(started, models):
+            async with traffic(started.http, models):
                 cluster.members[leader].kill()
                 for n, live in enumerate(("2", "1", "2")):
                     revisions += [await _put_once(store, models, live, n)]
@@ -266,8 +260,6 @@ async def test_the_leader_of_three_is_killed(tmp_path: Path) -> None:
 
 async def _put_once(store: EtcdStore, models: Models, live: str, n: int) -> Revision:
     """Put until confirmed, and only where it is not there already."""
-    from registry.store import StoreError
-
     document = models.document(live, n=str(n))
     for _ in range(100):
         try:
@@ -307,7 +299,7 @@ async def test_a_node_restarted_while_etcd_is_away_serves_and_then_follows(tmp_p
                 for models, live in ((changed, "1"), (deleted, "3"), (kept, "4")):
                     _, routes = await again.get("/admin/routes")
                     assert routes["models"][models.name]["live"] == live
-                async with traffic(again, changed), traffic(again, kept):
+                async with traffic(again.http, changed), traffic(again.http, kept):
                     cluster.members[0].start()
                     await asyncio.to_thread(cluster.wait_healthy)
                     await until_registered(store, again, within_s=BACK_WITHIN_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -11,31 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import numpy as np
 import pytest
 
-from paddlewheel.bench.checks import infer_body, read_outputs
 from paddlewheel.models import make_resnet50
 from registry.etcd import EtcdStore
 from registry.names import ModelName
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
 from tests.node import (
-    OUTPUT,
-    Models,
     Node,
-    holders,
     http_get,
-    memfds,
     node,
     registration,
     store_of,
-    traffic,
     until_applied,
     until_registered,
 )
+from tests.processes import holders, memfds
+from tests.served import KEYS, Models, SlowRequests, traffic
 
 DRAIN_S = 20
+RESNET = ModelName("resnet")
 SLOW_ROWS = 4096
 PATIENT = {"limits": {"timeout_s": 15, "hang_s": 10, "queue": 4000}}
 """Paddle's import from a cold disk is longer than the default limits."""
@@ -64,10 +59,9 @@ def models(tmp_path: Path) -> Models:
 @pytest.fixture
 def slow(tmp_path: Path) -> Models:
     """`SLOW_ROWS` rows take it about a second."""
-    sizes = {"hidden": 1024, "layers": 6}
     return Models(
-        tmp_path / "models", ("3",), ModelName("slow"), spec=PATIENT, sizes=sizes
-    )  # fmt: skip
+        tmp_path / "models", ("3",), ModelName("slow"), spec=PATIENT, hidden=1024, layers=6
+    )
 
 
 # --- one of its processes is killed -----------------------------------------------------------
@@ -79,7 +73,7 @@ async def test_a_killed_worker_costs_no_request(
     """Alone first, then with the version before as standby."""
     async with node(cluster.endpoints, tmp_path) as started:
         await until_applied(store, await models.put(store, "1"))
-        async with traffic(started, models, gap_max_s=10):
+        async with traffic(started.http, models, gap_max_s=10):
             await _kill_worker_of(started, "1")
             revision = await models.put(store, "2")
             await until_applied(store, revision)
@@ -98,7 +92,7 @@ async def test_a_killed_zygote_costs_no_request(
         (zygote,) = started.named("pw-zygote")
         workers = started.named("pw-worker")
         assert workers
-        async with traffic(started, models, gap_max_s=12, rate_per_s=50):
+        async with traffic(started.http, models, gap_max_s=12, rate_per_s=50):
             os.kill(zygote.pid, signal.SIGKILL)
             await _until(lambda: not any(kin.is_alive for kin in (zygote, *workers)), within_s=3)
             await _until(lambda: bool(started.named("pw-worker")), within_s=30)
@@ -113,11 +107,11 @@ async def test_a_killed_zygote_costs_no_request(
 async def test_a_killed_front_leaves_nothing_and_serves_again(
     cluster: EtcdCluster, store: EtcdStore, models: Models, tmp_path: Path
 ) -> None:
-    named = set(os.listdir("/dev/shm"))
+    named = _named_memory()
     async with node(cluster.endpoints, tmp_path) as first:
         revision = await models.put(store, "1")
         await until_applied(store, revision)
-        async with traffic(first, models):
+        async with traffic(first.http, models):
             pass  # its arenas have been used
         await _start_loading(store, first, tmp_path)
         arenas, kin = memfds(first.pid), first.kin()
@@ -128,15 +122,15 @@ async def test_a_killed_front_leaves_nothing_and_serves_again(
         assert await first.wait(5) == -signal.SIGKILL
         await _until(lambda: not any(each.is_alive for each in kin), within_s=5)
         await _until(lambda: not holders(arenas), within_s=2)
-        assert not [name for name in set(os.listdir("/dev/shm")) - named if "paddle" in name]
+        assert _named_memory() <= named
         address = first.http.removeprefix("http://")
-        await store.delete("/paddlewheel/configs/models/resnet")
+        await store.delete(KEYS.model(RESNET))
     async with node(cluster.endpoints, tmp_path, listen=address) as again:
         assert again.http == first.http
         # The status that the first left behind says so too until its lease ends.
         await until_registered(store, again, within_s=10)
         assert (await until_applied(store, revision)).live == "1"
-        async with traffic(again, models):
+        async with traffic(again.http, models):
             pass
 
 
@@ -151,8 +145,8 @@ async def test_sigterm_loses_nothing_that_was_sent_while_it_listened(
         await until_applied(store, await models.put(store, "1"))
         await until_applied(store, await slow.put(store, "3"), model=slow.name)
         await until_registered(store, started, within_s=5)
-        async with traffic(started, models, gap_max_s=8) as steady:
-            async with _slow_requests(started, slow, 3) as answers:
+        async with traffic(started.http, models, gap_max_s=8) as steady:
+            async with SlowRequests(started.http, slow, 3, rows=SLOW_ROWS) as answers:
                 kin = started.kin()
                 started.signal(signal.SIGTERM)
                 sent_s = _now_s()
@@ -177,7 +171,7 @@ async def test_sigterm_again_changes_nothing(
 ) -> None:
     async with node(cluster.endpoints, tmp_path, "--drain", str(DRAIN_S)) as started:
         await until_applied(store, await slow.put(store, "3"), model=slow.name)
-        async with _slow_requests(started, slow, 3):
+        async with SlowRequests(started.http, slow, 3, rows=SLOW_ROWS):
             kin = started.kin()
             started.signal(signal.SIGTERM)
             await _until(_is_refusing(started), within_s=3)
@@ -193,14 +187,15 @@ async def test_the_drain_has_an_end(
     """Requests that would take longer are cut off, and the node still ends well."""
     async with node(cluster.endpoints, tmp_path, "--drain", "1") as started:
         await until_applied(store, await slow.put(store, "3"), model=slow.name)
-        sent_s = 0.0
-        with pytest.raises(aiohttp.ClientError):
-            async with _slow_requests(started, slow, 12):
-                kin = started.kin()
-                started.signal(signal.SIGTERM)
-                sent_s = _now_s()
+        requests = SlowRequests(started.http, slow, 12, rows=SLOW_ROWS)
+        await requests.__aenter__()
+        kin = started.kin()
+        started.signal(signal.SIGTERM)
+        sent_s = _now_s()
         assert await started.wait(10) == 0
         assert _now_s() - sent_s < 1 + 4
+        with pytest.raises(aiohttp.ClientError):
+            await requests.__aexit__(None)
         await _until(lambda: not any(each.is_alive for each in kin), within_s=1)
 
 
@@ -210,7 +205,7 @@ async def test_ctrl_c_in_a_terminal_drains_like_sigterm(
     """The terminal sends it to the whole process group."""
     async with node(cluster.endpoints, tmp_path, "--drain", str(DRAIN_S)) as started:
         await until_applied(store, await slow.put(store, "3"), model=slow.name)
-        async with _slow_requests(started, slow, 2):
+        async with SlowRequests(started.http, slow, 2, rows=SLOW_ROWS):
             kin = started.kin()
             os.killpg(started.pid, signal.SIGINT)
             os.killpg(started.pid, signal.SIGINT)
@@ -252,7 +247,7 @@ async def test_sigterm_while_etcd_is_frozen(
         await until_applied(store, await models.put(store, "1"))
         kin = started.kin()
         cluster.members[0].freeze()
-        async with traffic(started, models) as steady:
+        async with traffic(started.http, models) as steady:
             await steady.stop()
         started.signal(signal.SIGTERM)
         assert await started.wait(8) == 0
@@ -272,6 +267,15 @@ async def _until(holds: Callable[[], bool | Awaitable[bool]], *, within_s: float
 
 def _now_s() -> float:
     return asyncio.get_running_loop().time()
+
+
+def _named_memory() -> set[str]:
+    """Segments that look like ours or Paddle's; others run on this machine too."""
+    return {
+        entry.name
+        for entry in Path("/dev/shm").iterdir()
+        if "paddle" in entry.name or entry.name.startswith("pw-")
+    }
 
 
 def _keys_are_gone(store: EtcdStore) -> Callable[[], Awaitable[bool]]:
@@ -319,62 +323,14 @@ async def _kill_worker_of(started: Node, version: str) -> None:
 
 async def _start_loading(store: EtcdStore, started: Node, folder: Path) -> None:
     """Have a ResNet50 loading, which takes seconds."""
-    resnet = Models(folder / "models", (), ModelName("resnet"))
+    resnet = Models(folder / "models", (), RESNET)
     resnet.versions = ("9",)
     await asyncio.to_thread(make_resnet50, resnet.source("9"))
     await resnet.put(store, "9")
 
     async def loading() -> bool:
         return any(
-            s["model"] == "resnet" and s["state"] == "LOADING" for s in await _servables(started)
+            s["model"] == RESNET and s["state"] == "LOADING" for s in await _servables(started)
         ) and bool(started.named("pw-worker"))
 
     await _until(loading, within_s=40)
-
-
-class _slow_requests:  # noqa: N801 used as a function
-    """``count`` slow requests under way in the block; all answered well when it is left.
-
-    Gives the times of the answers (loop time), filled as they come.
-    """
-
-    def __init__(self, started: Node, slow: Models, count: int) -> None:
-        self._url = f"{started.http}/v2/models/{slow.name}/infer"
-        self._started = started
-        self._count = count
-        self._answered: list[float] = []
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def __aenter__(self) -> list[float]:
-        x = np.ones((SLOW_ROWS, 64), np.float32)
-        headers, body = infer_body({"x": x}, binary=True)
-        self._tasks = [asyncio.create_task(self._ask(headers, body)) for _ in range(self._count)]
-
-        async def under_way() -> bool:
-            async with aiohttp.ClientSession() as session:
-                async with session.get(f"{self._started.http}/metrics") as answer:
-                    text = await answer.text()
-            shown = [line for line in text.splitlines() if "in_flight{" in line and '"slow"' in line]
-            return sum(float(line.rpartition(" ")[2]) for line in shown) == self._count
-
-        await eventually(under_way, within_s=5, what=f"{self._count} requests under way")
-        return self._answered
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            for task in self._tasks:
-                task.cancel()
-        outcomes = await asyncio.gather(*self._tasks, return_exceptions=kind is not None)
-        assert kind is not None or len(outcomes) == self._count
-
-    async def _ask(self, headers: dict[str, str], body: bytes) -> None:
-        async with (
-            aiohttp.ClientSession() as session,
-            session.post(self._url, data=io.BytesIO(body), headers=headers) as answer,
-        ):
-            content = await answer.read()
-            assert answer.status == 200, content[:300]
-        lower = {name.lower(): value for name, value in answer.headers.items()}
-        outputs = read_outputs(lower, content)
-        assert (outputs[OUTPUT][:, -1] == 3.0).all()
-        self._answered.append(_now_s())
