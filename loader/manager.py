@@ -191,7 +191,7 @@ class Manager:
             id = fallback_id(order.recipe, revision)
             if id not in model.orders:
                 model.orders[id] = order
-                model.fallback = id
+                model.fallback, model.fallback_revision = id, revision
             self._touch(model.name)
 
     # --- looking ------------------------------------------------------------------------------
@@ -274,6 +274,7 @@ class Manager:
             servables={id: s.snapshot() for id, s in model.servables.items()},
             now_s=asyncio.get_running_loop().time(),
             fallback=model.fallback,
+            fallback_revision=model.fallback_revision,
             is_tight=self._is_tight(model),
             suspected=model.suspected,
         )

@@ -65,6 +65,8 @@ class World:
     now_s: float
     fallback: ServableId | None = None
     """The last good version, where it is another one than the aspired."""
+    fallback_revision: Revision = Revision(0)
+    """Of the document that the fallback comes from."""
     is_tight: bool = False
     """Memory is too short to load what is wanted while a standby is kept."""
     suspected: frozenset[ServableId] = frozenset()
@@ -181,7 +183,12 @@ def _held(world: World) -> InForce:
         )
     if world.is_good(world.fallback):
         return replace(
-            now, live=world.fallback, standby=None, canary=canary, bake_until_s=world.now_s
+            now,
+            revision=max(now.revision, world.fallback_revision),
+            live=world.fallback,
+            standby=None,
+            canary=canary,
+            bake_until_s=world.now_s,
         )
     # A suspect is better than nothing.
     live = now.live if world.is_loaded(now.live) else None
