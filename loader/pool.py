@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
 
+from loader.drills import Order
 from loader.errors import PredictorFault, WorkerDied
 from loader.faults import Fault, FaultClass
 from loader.feeds import check_feeds
@@ -52,6 +53,7 @@ class _Request:
     feeds: Mapping[str, Array]
     answer: asyncio.Future[Inference]
     queued_s: float
+    drill: Order | None = None
     timer: asyncio.TimerHandle | None = None
     started_s: float = 0.0
 
@@ -299,12 +301,14 @@ class WorkerPool:
         """Raises `BadInput` when the tensors cannot travel."""
         assert seat.worker is not None
         request.started_s = self._loop.time()
-        drill = self._oversight.drill
+        if request.drill is None and self._oversight.drill is not None:
+            # Kept with the request: one that is taken back unrun has not used it up.
+            request.drill = self._oversight.drill()
         seat.worker.submit(
             request.feeds,
             partial(self._done, seat, seat.worker, request),
             hang_s=self._hang_s,
-            drill=drill() if drill is not None else None,
+            drill=request.drill,
         )
         seat.requests.append(request)
 

@@ -47,7 +47,7 @@ def world(
     for part in filter(None, states.split(", ")):
         version, state = part.split(" ")
         servables[sid(version)] = Snapshot(sid(version), State(state), in_flight, NOW_S + 30)
-    return World(aspired, in_force, servables, NOW_S, fallback, is_tight)
+    return World(aspired, in_force, servables, NOW_S, fallback=fallback, is_tight=is_tight)
 
 
 WANT_A = Aspiration(R1, A)
