@@ -1,0 +1,121 @@
+"""Whatever makes the live version fail, nobody outside sees more than another version's answers.
+
+Two nodes serve version 2 with version 1 as the standby, traffic goes to the first. A drill there
+makes version 2 fail; the fleet must serve version 1 and say why, and serve version 2 again once it
+is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from registry.names import ModelName
+from tests.etcd import EtcdCluster, etcd_cluster
+from tests.fault.rollback_stage import (
+    ROLLS_BACK_WITHIN_S,
+    Fleet,
+    fleet_of,
+    longest_wait_s,
+    servable,
+    steady,
+)
+from tests.served import Models
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+HANG_S = 1.0
+SPEC = {
+    "limits": {"timeout_s": 15, "hang_s": HANG_S, "queue": 4000},
+    "rollback": {"bake_s": 3600, "on": {"nan_rate": 0.01}},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    drill: dict[str, Any]
+    code: int | str
+    """Of the quarantine."""
+    is_worker_replaced: bool = False
+
+
+def code(number: int, **fields: Any) -> Case:
+    return Case({"kind": "code", "code": number, "count": 3}, number, **fields)
+
+
+def ended(how: str, kind: str = "crash", code: str | None = None) -> Case:
+    return Case({"kind": kind, "code": how, "count": 3}, code or how, is_worker_replaced=True)
+
+
+CASES = {
+    "illegal address": code(700, is_worker_replaced=True),
+    "launch failure": code(719, is_worker_replaced=True),
+    "host allocation": code(-101),
+    "device allocation": code(-102),
+    "no such kernel": code(-204),
+    "out of memory": Case({"kind": "oom", "count": 3}, -101),
+    "segfault": ended("SIGSEGV"),
+    "killed": ended("SIGKILL"),
+    "stopped": ended("SIGSTOP", kind="hang", code="HANG"),
+    "exit": ended("EXIT:1"),
+    "NaN": Case({"kind": "nan", "count": 100}, "NAN"),
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[EtcdCluster]:
+    with etcd_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"), spec=SPEC)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(
+    cluster: EtcdCluster, models: Models, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Fleet]:
+    async with fleet_of(cluster, tmp_path_factory.mktemp("nodes"), "n1", "n2") as fleet:
+        await fleet.serve(models)
+        yield fleet
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+async def test_the_standby_takes_over_unseen(fleet: Fleet, models: Models, case: Case) -> None:
+    one, name = fleet["n1"], models.name
+    (poisoned,) = (await one.pids(name))["2"]
+    async with steady(one, models) as traffic:
+        await one.drill(name, version="2", **case.drill)
+        await fleet.until_serves(name, "1", nodes=["n1"], within_s=ROLLS_BACK_WITHIN_S)
+        await fleet.until_serves(name, "1", nodes=["n2"], within_s=5)
+        result = await traffic.stop()
+    await check_rolled_back(fleet, models.name, case)
+    print(case.code, result.summary()["latency_ms"], result.by(lambda s: s.route))
+    assert not psutil.pid_exists(poisoned)
+    await fleet.release(name, "2")
+    await fleet.until_serves(name, "2", standby="1")
+
+
+async def check_rolled_back(fleet: Fleet, model: ModelName, case: Case) -> None:
+    """What the fleet says about it."""
+    quarantine = await fleet.quarantine(model, "2")
+    assert quarantine is not None
+    assert (quarantine.code, quarantine.nodes) == (case.code, ("n1",))
+    flips = [fleet[id].at("route_swapped", live="1", before="2") for id in ("n1", "n2")]
+    assert (flips[1] - flips[0]).total_seconds() < 1.0
+    for id in ("n1", "n2"):
+        status = await fleet.status(id, model)
+        assert status is not None
+        assert (status.intent.live, status.live, status.standby) == ("2", "1", None)
+        assert str(case.code) in (status.reason or "")
+        assert servable(status, "2").state == "QUARANTINED"
+        assert (await fleet[id].call("GET", "/readyz"))[0] == 200
