@@ -36,8 +36,12 @@ static: $(VENV)/.test
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.test
-	$(BIN)/paddlewheel bench routing $(BENCH_ARGS)
-	$(BIN)/paddlewheel bench swap $(BENCH_ARGS)
+	$(BIN)/paddlewheel bench routing --save bench-results
+	$(BIN)/paddlewheel bench front --save bench-results
+	$(BIN)/paddlewheel bench responsiveness --save bench-results
+	$(BIN)/paddlewheel bench swap --save bench-results $(BENCH_ARGS)
+	$(BIN)/paddlewheel bench swap --model ocr-cls --n 20 --save bench-results
+	$(BIN)/paddlewheel bench swap --model ocr-rec --n 20 --save bench-results
 
 $(VENV)/.python:
 	@set -e; \

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from paddlewheel.bench.checks import outputs_of_version
 from paddlewheel.bench.load import Verify
+from registry.inference import Array
 
 
-def version_answers(expected: Mapping[str, Mapping[str, Any]], rtol: float = 1e-4) -> Verify:
+def version_answers(expected: str, rtol: float, atol: float) -> Verify:
     """Whatever version the answer names, its numbers must be that version's.
 
-    expected: version to output name to nested lists of float32.
+    expected: an npz file of arrays named ``version/output``
+    (`paddlewheel.bench.subjects.Subject.save_expected`).
     """
-    arrays = {
-        version: {name: np.asarray(values, np.float32) for name, values in outputs.items()}
-        for version, outputs in expected.items()
-    }
-    return outputs_of_version(arrays, rtol=rtol)
+    outputs: dict[str, dict[str, Array]] = {}
+    with np.load(Path(expected)) as arrays:
+        for key in arrays.files:
+            version, _, name = key.partition("/")
+            outputs.setdefault(version, {})[name] = arrays[key]
+    return outputs_of_version(outputs, rtol=rtol, atol=atol)

@@ -156,6 +156,8 @@ class Watcher:
             for event in batch.events:
                 if isinstance(event, Put):
                     self._take(cast("dict[str, Any]", orjson.loads(event.kv.value)))
+                else:
+                    self._latest.pop(event.key.split("/")[-2], None)
             async with self._changed:
                 self._changed.notify_all()
 
@@ -178,7 +180,21 @@ class Watcher:
             raise StageFailed(f"{what}: not within {timeout_s:g} s; status: {last}") from None
         return self._latest[model]
 
+    async def until_gone(self, model: str, *, timeout_s: float = 60) -> None:
+        """Wait until no node has the model any more. Raises `StageFailed`."""
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                while model in self._latest:
+                    await self._changed.wait()
+        except TimeoutError:
+            raise StageFailed(f"{model} is still there after {timeout_s:g} s") from None
+
 
 async def put_document(store: Store, model: str, text: str) -> Revision:
     """What ``etcdctl put`` does: the text as it is, under the model's key."""
     return await store.put(f"{PREFIX}/configs/models/{model}", text.encode())
+
+
+async def delete_document(store: Store, model: str) -> None:
+    """What ``etcdctl del`` does."""
+    await store.delete(f"{PREFIX}/configs/models/{model}")
