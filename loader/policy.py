@@ -154,7 +154,8 @@ def _applied(world: World, aspiration: Aspiration, canary: ServableId | None) ->
     else:
         bake_until_s = world.now_s + aspiration.bake_s
         standby = now.live
-    keeps = world.is_good(standby) and bake_until_s > world.now_s and not world.is_tight
+    # A suspected standby stays: it is the control by which it will be judged.
+    keeps = world.is_loaded(standby) and bake_until_s > world.now_s and not world.is_tight
     return InForce(
         revision=aspiration.revision,
         live=aspiration.live,
@@ -168,12 +169,12 @@ def _held(world: World) -> InForce:
     """The aspired version is not there (yet, or for good): keep what serves, or what served."""
     now = world.in_force
     canary = now.canary if world.is_good(now.canary) else None
-    standby = now.standby if world.is_good(now.standby) else None
+    standby = now.standby if world.is_loaded(now.standby) else None
     if world.is_good(now.live):
         if now.bake_until_s <= world.now_s or world.is_tight:
             standby = None
         return replace(now, canary=canary, standby=standby)
-    if standby is not None:
+    if world.is_good(standby):
         return replace(
             now,
             live=standby,
@@ -191,8 +192,8 @@ def _held(world: World) -> InForce:
             bake_until_s=world.now_s,
         )
     # A suspect is better than nothing.
-    live = now.live if world.is_loaded(now.live) else None
-    return replace(now, live=live, standby=None, canary=canary)
+    live = now.live if world.is_loaded(now.live) else standby
+    return replace(now, live=live, standby=standby if standby != live else None, canary=canary)
 
 
 def wanted(world: World) -> tuple[ServableId, ...]:

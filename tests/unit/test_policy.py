@@ -41,13 +41,18 @@ def world(
     fallback: ServableId | None = None,
     is_tight: bool = False,
     in_flight: int = 0,
+    suspected: str = "",
 ) -> World:
     """``states``: "a LIVE, b LOADING"."""
     servables = dict[ServableId, Snapshot]()
     for part in filter(None, states.split(", ")):
         version, state = part.split(" ")
         servables[sid(version)] = Snapshot(sid(version), State(state), in_flight, NOW_S + 30)
-    return World(aspired, in_force, servables, NOW_S, fallback=fallback, is_tight=is_tight)
+    suspects = frozenset(map(sid, suspected.split()))
+    return World(
+        aspired, in_force, servables, NOW_S,
+        fallback=fallback, is_tight=is_tight, suspected=suspects,
+    )  # fmt: skip
 
 
 WANT_A = Aspiration(R1, A)
@@ -146,6 +151,30 @@ CASES: dict[str, tuple[World, Action | None]] = {
     "a restart with a broken document loads the last good version": (
         world("b FAILED", WANT_B, fallback=A),
         Load(A),
+    ),
+    "a suspect is left alone while another can serve": (
+        world("a STANDBY, b LIVE", WANT_B, B_OVER_A, suspected="b"),
+        Swap(InForce(R2, A, bake_until_s=NOW_S)),
+    ),
+    "a suspect that is acquitted serves again": (
+        world("a LIVE, b READY", WANT_B, InForce(R2, A, bake_until_s=NOW_S)),
+        Swap(B_OVER_A),
+    ),
+    "a suspected standby is not given up": (
+        world("a STANDBY, b LIVE", WANT_B, B_OVER_A, suspected="a"),
+        None,
+    ),
+    "nor when it comes back as one": (
+        world("a LIVE, b READY", WANT_B, InForce(R2, A, bake_until_s=NOW_S), suspected="a"),
+        Swap(B_OVER_A),
+    ),
+    "two suspects stay as they are": (
+        world("a STANDBY, b LIVE", WANT_B, B_OVER_A, suspected="a b"),
+        None,
+    ),
+    "a suspect is better than nothing": (
+        world("a STANDBY, b QUARANTINED", WANT_B, B_OVER_A, suspected="a"),
+        Swap(InForce(R2, A, bake_until_s=B_OVER_A.bake_until_s)),
     ),
     "a deleted document takes the route away first": (
         world("a LIVE", None, A_IN_FORCE),
