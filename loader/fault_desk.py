@@ -93,6 +93,7 @@ class FaultDesk:
         return Oversight(
             on_fault=partial(self._on_fault, model, servable),
             on_proven=partial(self._on_proven, model, servable),
+            has_control=lambda: model.control_of(id) is not None,
             refuses=partial(self._refused_s, self._case(model)),
             drill=None if drills is None else partial(drills.order_for, id.model, id.version),
             inspect=None if guard is None else partial(_inspect, guard),

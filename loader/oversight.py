@@ -51,6 +51,8 @@ class Oversight:
     the input itself is to blame, and its request is refused rather than run again."""
     on_proven: Callable[[FaultReport], object] = _nothing
     """Told that another version answered the very request that failed here."""
+    has_control: Callable[[], bool] = lambda: False
+    """Whether another version is loaded that could answer the same requests."""
     refuses: Callable[[Feeds], float] | None = None
     """For how many seconds more this input is refused; 0: it is not."""
     drill: Callable[[], Order | None] | None = None

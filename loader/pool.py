@@ -17,6 +17,7 @@ from loader.feeds import check_feeds
 from loader.oversight import FaultReport, Oversight
 from loader.worker import ORPHAN, Outcome, Worker
 from registry.inference import (
+    HANDED_BACK,
     Array,
     BadInput,
     DeadlineExceeded,
@@ -213,6 +214,11 @@ class WorkerPool:
         return self._answered
 
     @property
+    def is_manned(self) -> bool:
+        """Whether a worker is there now; without one a request waits for a replacement."""
+        return any(seat.worker is not None and seat.worker.is_alive for seat in self._seats)
+
+    @property
     def can_serve(self) -> bool:
         """Whether a request now has a worker, or one that is about to come."""
         return not self._retired and self._broken_s(self._loop.time()) == 0.0
@@ -379,7 +385,9 @@ class WorkerPool:
         return max(0.1, len(self._queue) * self._run_s / max(1, len(self._seats)))
 
     def _gone(self) -> ServableFailed:
-        return ServableFailed(f"{self._id} is being retired", code="RETIRED", fault_class="retired")
+        return ServableFailed(
+            f"{self._id} is being retired", code="RETIRED", fault_class=HANDED_BACK
+        )
 
     def _became_idle(self) -> None:
         self.idle.set()
@@ -463,16 +471,22 @@ class WorkerPool:
 
     def _give_up_waiting(self) -> None:
         """With the breaker open nobody waits in vain: what is queued is answered now."""
-        broken_s = self._broken_s(self._loop.time())
-        while broken_s > 0 and self._queue:
+        if self._broken_s(self._loop.time()) > 0:
+            self._give_back(f"its workers keep failing: {self._last_error}", "BROKEN")
+
+    def _give_back(self, why: str, code: str) -> None:
+        """What waits is run elsewhere; it is nobody's fault."""
+        while self._queue:
             _, request = self._queue.popitem(last=False)
-            why = f"its workers keep failing: {self._last_error}"
-            _fail(request, ServableFailed(why, code="BROKEN", fault_class="retired"))
+            _fail(request, ServableFailed(why, code=code, fault_class=HANDED_BACK))
 
     def _replace(self, seat: _Seat) -> None:
         self._pump()
         if self._retired:
             return
+        if not self.is_manned and self._oversight.has_control():
+            # Another version can answer now what would wait here for a worker to be loaded.
+            self._give_back("no worker is there", "UNMANNED")
         if self._loop.time() - seat.sat_down_s > HEALTHY_AFTER_S:
             seat.failures = 0
         task = self._loop.create_task(self._refill(seat))

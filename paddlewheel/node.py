@@ -85,6 +85,7 @@ class Node:
         self._repository = ModelRepository(
             cache / "models",
             max_bytes=settings.cache_max_mb * 2**20 if settings.cache_max_mb else None,
+            allow=settings.allow_sources,
         )
         drills = DrillBox() if settings.enable_drills else None
         self._manager = Manager(

@@ -67,7 +67,7 @@ class InferenceError(PaddlewheelError):
 
 
 class BadInput(InferenceError):
-    """The request's fault: name, dtype, rank or values do not fit. Never counted against a model."""
+    """The request's fault: a name, dtype, rank or value. Never counted against a model."""
 
 
 class Overloaded(InferenceError):
@@ -86,6 +86,10 @@ class Poisonous(InferenceError):
     """This input ended workers of this model before and is refused for a while."""
 
 
+HANDED_BACK = "retired"
+"""`ServableFailed.fault_class` of a request that no worker began with: nothing failed on it."""
+
+
 class ServableFailed(InferenceError):
     """The servable (not the request) failed; the same request may be run again elsewhere.
 
@@ -102,6 +106,11 @@ class ServableFailed(InferenceError):
         self.fault_class = fault_class
         self.answer = answer
 
+    @property
+    def was_run(self) -> bool:
+        """Whether a worker began with the request; else it was handed back as it came."""
+        return self.fault_class != HANDED_BACK
+
 
 class Predictor(Protocol):
     """A loaded servable as the router sees it."""
@@ -111,6 +120,11 @@ class Predictor(Protocol):
 
     @property
     def signature(self) -> Signature: ...
+
+    @property
+    def is_manned(self) -> bool:
+        """Whether a worker is there now; without one a request waits for a replacement."""
+        ...
 
     async def infer(self, feeds: Mapping[str, Array], *, deadline_s: float) -> Inference:
         """Run one request.

@@ -23,6 +23,7 @@ from router.serving import Serving
 from router.table import CANARY, PINNED, STABLE, STANDBY, Choice, Route
 
 RETRY_AFTER_S = 1.0
+TRIES_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,32 +44,48 @@ async def dispatch(
 ) -> Served:
     """Run one request on ``choice``; where the servable fails, once more elsewhere.
 
-    deadline_s: the loop's time after which nobody waits; both runs share it.
-    A request is run twice at most, so it ends two workers at most. Raises `InferenceError`, but
-    never `ServableFailed`: a second failure is `Overloaded`, for the client to come back.
+    deadline_s: the loop's time after which nobody waits; all runs share it.
+    A request is run twice at most, so it ends two workers at most; being handed back unrun (its
+    servable was taken out, or has no worker) is not a run. Raises `InferenceError`, but never
+    `ServableFailed`: a second failure is `Overloaded`, for the client to come back.
     """
+    route = serving.table.route(choice.servable.model)
     predictor = serving.predictors[choice.servable]
-    try:
-        return Served(await predictor.infer(feeds, deadline_s=deadline_s), choice, 0)
-    except ServableFailed as first:
-        if asyncio.get_running_loop().time() >= deadline_s:
-            raise DeadlineExceeded(f"no time left to run it again after: {first}") from first
-        route = serving.table.route(choice.servable.model)
-        again = _second_choice(serving, route, choice, predictor)
+    if not predictor.is_manned:
+        # Its workers are being replaced; a version that is ready answers in the meantime.
+        other = _second_choice(serving, route, choice, predictor)
+        if serving.predictors[other.servable].is_manned:
+            choice = other
+    failures: list[ServableFailed] = []
+    at = choice
+    while True:
+        predictor = serving.predictors[at.servable]
         try:
-            inference = await serving.predictors[again.servable].infer(feeds, deadline_s=deadline_s)
-        except ServableFailed as second:
-            if first.answer is not None and second.answer is not None:
-                # Both gave it and both were held back: it is what this input leads to.
-                return Served(first.answer, choice, 1)
-            raise Overloaded(
-                f"model {choice.servable.model!r} failed twice on this request: "
-                f"{first}; then {second}",
-                retry_after_s=RETRY_AFTER_S,
-            ) from second
-        if again.servable != choice.servable:
-            predictor.proven(first)
-        return Served(inference, again, 1)
+            inference = await predictor.infer(feeds, deadline_s=deadline_s)
+        except ServableFailed as failure:
+            failures.append(failure)
+            if asyncio.get_running_loop().time() >= deadline_s:
+                raise DeadlineExceeded(f"no time left after: {failure}") from failure
+            if sum(each.was_run for each in failures) > 1 or len(failures) == TRIES_MAX:
+                return _given_up(choice, failures)
+            at = _second_choice(serving, route, at, predictor)
+            continue
+        if failures and at.servable != choice.servable:
+            serving.predictors[choice.servable].proven(failures[0])
+        return Served(inference, at, len(failures))
+
+
+def _given_up(choice: Choice, failures: list[ServableFailed]) -> Served:
+    """What is left when every run failed: the answer that all of them held back, or 503."""
+    answers = [failure.answer for failure in failures if failure.was_run]
+    if answers and answers[0] is not None and all(answer is not None for answer in answers):
+        # Every version gave it and every one was held back: it is what this input leads to.
+        return Served(answers[0], choice, len(failures) - 1)
+    told = "; then ".join(str(failure) for failure in failures)
+    raise Overloaded(
+        f"model {choice.servable.model!r} failed on this request: {told}",
+        retry_after_s=RETRY_AFTER_S,
+    ) from failures[-1]
 
 
 def _second_choice(serving: Serving, route: Route, choice: Choice, failed: Predictor) -> Choice:
@@ -83,6 +100,8 @@ def _second_choice(serving: Serving, route: Route, choice: Choice, failed: Predi
     if choice.kind == CANARY:
         # What a failing canary would have replaced answers for it, before anything older does.
         candidates = ((route.live, STABLE), *candidates)
+    if choice.kind == STANDBY:
+        candidates = ((route.live, STABLE),)
     for servable, kind in candidates:
         if servable is None or servable == choice.servable:
             continue
