@@ -58,6 +58,10 @@ class Deeds(Protocol):
 
     def cordon(self, device: str, cordon: Cordon) -> None: ...
 
+    def is_cordoned(self, device: str) -> bool:
+        """Whether the device was found guilty: what fails on it says nothing of a version."""
+        ...
+
     def troubled(self, model: Model, reason: str | None) -> None:
         """Say why requests fail while there is nothing to roll back to; ``None``: no longer."""
         ...
@@ -143,6 +147,8 @@ class FaultDesk:
         control = model.control_of(servable.id)
         if fault.fault_class is FaultClass.HARDWARE:
             self._cordon(servable.recipe.device, fault.code, fault.message)
+            return False
+        if self._deeds.is_cordoned(servable.recipe.device):
             return False
         if control is not None and fault.handling.counted == "proven":
             return False  # unless the control answers it: `_on_proven`

@@ -647,6 +647,11 @@ class Manager:
         for name in self._models:
             self._touch(name)
 
+    def is_cordoned(self, device: str) -> bool:
+        with contextlib.suppress(BadDevice):
+            return self._devices.cordoned(device) is not None
+        return False
+
     def uncordon(self, device: str) -> None:
         """The device is well again: what was held against it is forgotten."""
         if not self._devices.uncordon(device):
