@@ -160,6 +160,8 @@ class FaultDesk:
         return self._count(model, servable, report, proven=False)
 
     def _on_proven(self, model: Model, servable: Servable, report: FaultReport) -> None:
+        if self._deeds.is_cordoned(servable.recipe.device):
+            return
         if report.fault.handling.counted == "proven" or report.fault.code == "NAN":
             self._count(model, servable, report, proven=True)
 
