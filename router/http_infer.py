@@ -123,6 +123,7 @@ class InferEndpoint:
             served = await self._run(serving, choice, target, exchange, began_s + timeout_s)
             if served.reruns:
                 self._metrics.rerun(model)
+            if served.choice != choice:  # also where the first choice had no worker at all
                 target = published.target(served.choice)
             response = await self._answer(request, request_id, exchange, served, target)
         except asyncio.CancelledError:

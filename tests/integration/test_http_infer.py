@@ -206,6 +206,21 @@ async def test_a_failed_canary_is_answered_by_what_it_would_replace(
         assert shown["X-Model-Route"].startswith("stable")
 
 
+async def test_an_answer_given_for_an_unmanned_version_names_who_gave_it(
+    http: aiohttp.ClientSession,
+) -> None:
+    trio = Trio()
+    trio.live.is_manned = trio.canary.is_manned = False
+    async with running(trio.serving) as (_, url):
+        for headers in ({}, {"X_Canary": "1"}):
+            status, body, shown = await post(http, url + INFER, **headers)
+            # The canary's first substitute has no worker either: it waits for its own.
+            factor = 3.0 if headers else 1.0
+            assert (status, body["model_version"]) == (200, f"{factor:g}")
+            assert shown["X-Model-Version"] == body["model_version"]
+            assert body["outputs"][0]["data"] == [factor, 2 * factor, 3 * factor]
+
+
 async def test_a_pinned_request_stays_with_its_version(http: aiohttp.ClientSession) -> None:
     trio = Trio()
     trio.live.failing = lambda call: failed() if call == 1 else None

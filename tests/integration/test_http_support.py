@@ -67,10 +67,7 @@ class NumpyPredictor:
     holding: asyncio.Event | None = None
     calls: int = 0
     cancelled: int = 0
-
-    @property
-    def is_manned(self) -> bool:
-        return True
+    is_manned: bool = True
 
     def proven(self, failure: ServableFailed) -> None:
         """Nothing is judged here."""
