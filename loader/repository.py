@@ -161,7 +161,10 @@ class ModelRepository:
         folder, _, name = (str(path) if path is not None else url).rpartition("/")
         if not name:
             raise FetchFailed(f"{url} is not a file", retryable=False)
-        return await self._run(_Job(folder or "/", name), progress) / name
+        entry = await self._run(_Job(folder or "/", name), progress)
+        # Not by its name: the same bytes may be here already under another one.
+        (only,) = entry.iterdir()
+        return only
 
     def lease(self, digest: Digest) -> None:
         """Keep a model's folder from eviction, also by other processes that share the cache.

@@ -62,17 +62,22 @@ class DocumentAdmission:
         return (*self._sources(document), *self._memory(document, sizes))
 
     def _sources(self, document: ModelDocument) -> tuple[FieldError, ...]:
+        """Whatever the node would read on the document's word, golden data too."""
         if not self._allow_sources:
             return ()
+        spec = document.spec
+        sources = {f"spec.versions[{i}].source": one.source for i, one in enumerate(spec.versions)}
+        if spec.warmup.golden is not None:
+            sources["spec.warmup.golden"] = spec.warmup.golden
         return tuple(
             FieldError(
-                f"spec.versions[{index}].source",
+                path,
                 None,
-                f"{entry.source!r} is under none of the allowed sources "
+                f"{source!r} is under none of the allowed sources "
                 f"({', '.join(self._allow_sources)})",
             )
-            for index, entry in enumerate(document.spec.versions)
-            if not is_allowed(entry.source, self._allow_sources)
+            for path, source in sources.items()
+            if not is_allowed(source, self._allow_sources)
         )
 
     def _memory(self, document: ModelDocument, sizes: Sizes) -> tuple[FieldError, ...]:

@@ -668,6 +668,13 @@ async def test_a_single_file(repository: Make, tmp_path: Path) -> None:
         await one.fetch_file(str(tmp_path / "none.npz"))
 
 
+async def test_one_file_under_two_names(repository: Make, tmp_path: Path) -> None:
+    one = repository()
+    for name in ("first.npz", "second.npz"):
+        (tmp_path / name).write_bytes(b"numbers")
+        assert (await one.fetch_file(str(tmp_path / name))).read_bytes() == b"numbers"
+
+
 async def test_close_ends_what_is_under_way(
     repository: Make, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
