@@ -140,7 +140,7 @@ async def test_a_killed_front_leaves_nothing_and_serves_again(
 async def test_sigterm_loses_nothing_that_was_sent_while_it_listened(
     cluster: EtcdCluster, store: EtcdStore, models: Models, slow: Models, tmp_path: Path
 ) -> None:
-    flags = ("--drain", str(DRAIN_S), "--drain-delay", "2")
+    flags = ("--drain", str(DRAIN_S), "--drain-delay", "4")
     async with node(cluster.endpoints, tmp_path, *flags, lease_ttl_s=30) as started:
         await until_applied(store, await models.put(store, "1"))
         await until_applied(store, await slow.put(store, "3"), model=slow.name)
@@ -159,7 +159,7 @@ async def test_sigterm_loses_nothing_that_was_sent_while_it_listened(
                 await _until(_keys_are_gone(store), within_s=1.5)
                 # Only now a balancer has noticed; all that it sent until then is answered.
                 await steady.stop()
-                assert _now_s() - sent_s < 2, "too slow to say anything about the delay"
+                assert _now_s() - sent_s < 4, "too slow to say anything about the delay"
             assert all(answered_s > sent_s for answered_s in answers)
         assert await started.wait(DRAIN_S) == 0
         assert _now_s() - sent_s < DRAIN_S
@@ -243,14 +243,14 @@ async def test_sigterm_while_etcd_is_frozen(
     cluster: EtcdCluster, store: EtcdStore, models: Models, tmp_path: Path
 ) -> None:
     """The lease is left to expire; nothing else waits for etcd."""
-    async with node(cluster.endpoints, tmp_path, "--drain", "8") as started:
+    async with node(cluster.endpoints, tmp_path, "--drain", "4") as started:
         await until_applied(store, await models.put(store, "1"))
         kin = started.kin()
         cluster.members[0].freeze()
         async with traffic(started.http, models) as steady:
             await steady.stop()
         started.signal(signal.SIGTERM)
-        assert await started.wait(8) == 0
+        assert await started.wait(4) == 0
         assert not any(each.is_alive for each in kin)
         assert started.events("lease_left_to_expire") or started.events("lease_lost")
         cluster.members[0].thaw()
