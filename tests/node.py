@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -178,7 +178,7 @@ async def node(
     *flags: str,
     lease_ttl_s: int = 2,
     listen: str = "127.0.0.1:0",
-) -> AsyncIterator[Node]:
+) -> AsyncGenerator[Node]:
     """A running node; its cache is ``folder/cache``, so the same folder makes it the same node."""
     started = await Node.start(
         (
@@ -195,7 +195,7 @@ async def node(
 
 
 @asynccontextmanager
-async def store_of(endpoints: Iterable[str]) -> AsyncIterator[EtcdStore]:
+async def store_of(endpoints: Iterable[str]) -> AsyncGenerator[EtcdStore]:
     """A plain client of etcd, apart from everything that the node has."""
     store = EtcdStore.connect(EtcdSettings(tuple(endpoints), timeout_s=10))
     try:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Up(Command):
 
 
 @asynccontextmanager
-async def up(folder: Path, *flags: str) -> AsyncIterator[Up]:
+async def up(folder: Path, *flags: str) -> AsyncGenerator[Up]:
     """Its temporary folders are made in ``folder/tmp``."""
     (folder / "tmp").mkdir(exist_ok=True)
     started = await Up.start(
