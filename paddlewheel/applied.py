@@ -33,15 +33,19 @@ class Applied:
     def restore(self, manager: Manager) -> None:
         """Offer what was in force to the manager, to be loaded only if nothing else can serve."""
         try:
-            rows = orjson.loads(self._path.read_bytes())
-            for name, row in rows.items():
+            rows: dict[str, Any] = dict(orjson.loads(self._path.read_bytes()))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError) as exc:
+            log.warning("applied_ignored", path=str(self._path), reason=str(exc))
+            return
+        for name, row in rows.items():
+            try:
                 document = parse_model(orjson.dumps(row["document"]), name=ModelName(name))
                 manager.set_fallback(document, Version(row["version"]), Revision(row["revision"]))
                 self._rows[document.name] = row
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as exc:
-            log.warning("applied_ignored", path=str(self._path), reason=str(exc))
+            except (KeyError, TypeError, ConfigError) as exc:
+                log.warning("applied_ignored", model=name, reason=str(exc))
 
     def note(self, view: ModelView) -> None:
         """Remember what ``view`` has in force, if a live version is."""

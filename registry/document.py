@@ -24,6 +24,7 @@ from registry.document_yaml import parse_yaml
 __all__ = ["ConfigError", "Document", "FieldError", "read"]
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]")
+_NOT_JSON = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _JSON_START = re.compile(r'\s*\{\s*["}]')
 
 
@@ -113,15 +114,20 @@ def _decode(text: bytes | str) -> str:
         line = exc.object.count("\n", 0, exc.start) + 1
         raise _refuse(line, "want UTF-8, got half a surrogate pair") from exc
     decoded = decoded.removeprefix("\ufeff")
-    found = _UNREADABLE.search(decoded)
+    # JSON allows more in its strings than YAML does anywhere, and its writers leave it there.
+    found = (_NOT_JSON if _looks_like_json(decoded) else _UNREADABLE).search(decoded)
     if found is not None:
         line = decoded.count("\n", 0, found.start()) + 1
         raise _refuse(line, f"want text, got the control character U+{ord(found.group()):04X}")
     return decoded
 
 
+def _looks_like_json(text: str) -> bool:
+    return text.lstrip()[:1] in {"{", "["}
+
+
 def _parse(text: str) -> Node:
-    if text.lstrip()[:1] not in {"{", "["}:
+    if not _looks_like_json(text):
         return parse_yaml(text)
     try:
         return parse_json(text)

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from pydantic import (
     AfterValidator,
     AllowInfNan,
+    PlainSerializer,
     PlainValidator,
     StringConstraints,
     ValidationError,
@@ -223,10 +224,15 @@ def _option(value: Any) -> OptionValue:
     return value  # type: ignore[no-any-return]
 
 
+def _plain(value: OptionValue) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 _OPTION_SCALAR = {"type": ["string", "number", "boolean"]}
 Option = Annotated[
     OptionValue,
     PlainValidator(_option),
+    PlainSerializer(_plain, return_type=Any),
     WithJsonSchema({"anyOf": [_OPTION_SCALAR, {"type": "array", "items": _OPTION_SCALAR}]}),
 ]
 Options = Annotated[Mapping[Text, Option], frozen]

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from paddlewheel.bench.routing import routing
 from registry.names import Digest, ModelName, Revision, ServableId, Version
 from registry.spec import HeaderRule
 from router.errors import NothingServes, UnknownModel, UnknownVersion
@@ -98,15 +97,3 @@ def test_the_table_renders_to_plain_values() -> None:
     assert (model["live"], model["standby"], model["config_revision"]) == ("2", "1", 9)
     assert model["canary"]["version"] == "3"
     assert model["canary"]["rules"] == [{"header": {"name": "X-Canary", "equals": "1"}}]
-
-
-def test_a_decision_among_100_models_and_20_rules_takes_microseconds() -> None:
-    """The published bound is 10 us at p99.
-
-    Measured in short stretches, of which one has to be free of what else the machine does; code
-    that is three times slower finds none.
-    """
-    tries: list[float] = []
-    while len(tries) < 200 and min(tries, default=99.0) > 10:
-        tries.append(routing(requests=2_000)["p99_us"])
-    assert min(tries) <= 10, min(tries)
