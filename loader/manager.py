@@ -33,6 +33,7 @@ from loader.model import Model, ModelView
 from loader.plan import Order, aspire, fallback_id, is_pending, order_for
 from loader.policy import Aspiration, InForce, World
 from loader.pool import WorkerPool
+from loader.recipe import Recipe
 from loader.repository import Fetched, ModelRepository
 from loader.servable import Servable
 from loader.zygote import Zygote, ZygoteFailed
@@ -266,6 +267,7 @@ class Manager:
                     self._dirty.add(model.name)
             if model.trouble is not None and model.answered > model.trouble_answered:
                 self.troubled(model, None)
+            self._report_bake(model)
 
     def _world(self, model: Model) -> World:
         return World(
@@ -416,6 +418,8 @@ class Manager:
         existing = model.servables.get(id)
         if existing is not None and existing.state is State.FAILED:
             self._remove(model, existing)
+        elif existing is not None and existing.is_loaded:
+            self._book_anew(existing, recipe, fetched)
         if model.aspiration is not None:
             model.aspiration = _resolved(model.aspiration, pending, id)
         if model.fallback == pending:
@@ -428,6 +432,14 @@ class Manager:
             fetch_ms=model.fetch_ms[id],
         )
         self._touch(model.name)
+
+    def _book_anew(self, servable: Servable, recipe: Recipe, fetched: Fetched) -> None:
+        """What serves goes on as it is; the document may say anew how much memory it takes."""
+        servable.recipe = recipe
+        try:
+            self._reserve(servable, fetched)
+        except NotAdmitted as exc:
+            log.warning("memory_not_booked_anew", servable=str(servable.id), reason=exc.reason)
 
     async def _make_ready(self, model: Model, servable: Servable, order: Order) -> None:
         recipe, fetched = order.recipe, model.fetched[servable.id]

@@ -34,8 +34,8 @@ from registry.catalog import (
 )
 from registry.errors import PaddlewheelError
 from registry.keys import HistoryKey, Keys, ModelKey
-from registry.names import ModelName, Revision
-from registry.records import BadRecord, HistoryEntry, LastGood
+from registry.names import ModelName, Revision, Version
+from registry.records import BadRecord, HistoryEntry
 from registry.snapshot import load, save
 from registry.spec import ConfigError, FieldError, ModelDocument, parse_model
 from registry.store import Batch, KeyValue, Listing, PermissionDenied, Put, Store, StoreError
@@ -222,14 +222,17 @@ class Follower:
             log.info("history_not_read", error=str(exc))
 
     async def _find_last_good(self, model: ModelName) -> None:
-        known, good = self._catalog.models.get(model), self._catalog.lastgoods.get(model)
-        if good is None or known is None or known.accepted is None:
+        known, last = self._catalog.models.get(model), self._catalog.lastgoods.get(model)
+        if last is None or known is None or known.accepted is None:
             return
         document = known.accepted.document
-        if not _lists(document, good):
+        good = last.other_than(document.spec.live)
+        if good is None:
+            return
+        if not _lists(document, good.version):
             kv = await self._store.get(self._keys.history(model, good.revision))
             accepted = _accepted_from(kv, model) if kv is not None else None
-            if accepted is None or not _lists(accepted.document, good):
+            if accepted is None or not _lists(accepted.document, good.version):
                 return
             document = accepted.document
         self._manager.set_fallback(document, good.version, good.revision)
@@ -300,8 +303,8 @@ def _apply(
     return lambda was: was.apply(batch, keys, accept=accept)
 
 
-def _lists(document: ModelDocument, good: LastGood) -> bool:
-    return any(entry.version == good.version for entry in document.spec.versions)
+def _lists(document: ModelDocument, version: Version) -> bool:
+    return any(entry.version == version for entry in document.spec.versions)
 
 
 def _accepted_from(kv: KeyValue, model: ModelName) -> Accepted | None:

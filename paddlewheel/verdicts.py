@@ -162,10 +162,13 @@ class Verdicts:
                 if await create_if_absent(self._store, key, good.to_json()):
                     return
                 continue
+            value = good
             with contextlib.suppress(BadRecord):
-                if LastGood.from_json(held.value).revision >= good.revision:
+                before = LastGood.from_json(held.value)
+                if before.revision >= good.revision:
                     return
-            done = await replace_if(self._store, key, good.to_json(), held.mod_revision)
+                value = good.after(before)
+            done = await replace_if(self._store, key, value.to_json(), held.mod_revision)
             if not isinstance(done, Conflict):
                 return
 

@@ -266,11 +266,36 @@ class Quarantine(Record):
     """The bytes that failed; a version with other bytes is another servable."""
 
 
-class LastGood(Record):
-    """``P/lastgood/<model>``: the version that last served through a whole bake."""
+class Good(Record):
+    """A version that served through a whole bake."""
 
     version: Version
     revision: Revision
-    """Of the document that asked for it; only grows."""
+    """Of the document that asked for it."""
     at: At
     digest: Digest | None = None
+
+
+class LastGood(Good):
+    """``P/lastgood/<model>``: the version that last served through a whole bake.
+
+    Its revision only grows.
+    """
+
+    previous: Good | None = None
+    """The one before, with another version: what is left when this one fails after all."""
+
+    def after(self, before: LastGood) -> LastGood:
+        """This record in the place of ``before``."""
+        if (self.version, self.digest) == (before.version, before.digest):
+            return self.model_copy(update={"previous": before.previous})
+        kept = Good(
+            version=before.version, revision=before.revision, at=before.at, digest=before.digest
+        )
+        return self.model_copy(update={"previous": kept})
+
+    def other_than(self, version: Version) -> Good | None:
+        """The latest good version that is not ``version``."""
+        if self.version != version:
+            return self
+        return self.previous

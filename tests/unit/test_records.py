@@ -99,7 +99,7 @@ RECORDS: dict[str, tuple[Record, dict[str, Any]]] = {
     ),
     "last-good": (
         LastGood(version=V, revision=Revision(9), at=AT),
-        {"version": "1", "revision": 9, "at": SHOWN, "digest": None},
+        {"version": "1", "revision": 9, "at": SHOWN, "digest": None, "previous": None},
     ),
 }  # fmt: skip
 
@@ -243,3 +243,17 @@ def test_a_document_that_is_no_text_is_in_the_history_with_its_exact_digest() ->
     entry = HistoryEntry.of(Revision(1), b"\xff", AT)
     assert entry.document == "\ufffd"
     assert entry.sha256.startswith("a8100ae6")
+
+
+def test_a_last_good_version_keeps_the_one_before() -> None:
+    one = LastGood(version=V, revision=Revision(1), at=AT)
+    two = LastGood(version=Version("2"), revision=Revision(2), at=AT).after(one)
+    again = LastGood(version=Version("2"), revision=Revision(3), at=AT).after(two)
+    assert again.revision == 3
+    assert LastGood.from_json(again.to_json()) == again
+    for good in (two, again):
+        assert good.other_than(V) == good
+        other = good.other_than(Version("2"))
+        assert other is not None
+        assert (other.version, other.revision) == (V, 1)
+    assert one.other_than(V) is None
