@@ -28,6 +28,7 @@ from paddlewheel.bench.load import http_request
 from paddlewheel.bench.load_process import LoadProcess, Plan, PlannedRequest
 from paddlewheel.bench.samples import Result
 from paddlewheel.bench.stage import NodeProcess, Status, Watcher, delete_document, put_document
+from paddlewheel.bench.subjects import one_version
 from paddlewheel.bench.swap_figures import latencies
 from paddlewheel.embedded_etcd import EmbeddedEtcd
 from paddlewheel.models import make_mlp, make_resnet50
@@ -53,7 +54,7 @@ class _Stage:
     folder: Path
 
     async def put(self, model: str, source: Path) -> None:
-        await put_document(self.store, model, document(model, source))
+        await put_document(self.store, model, one_version(model, source))
 
     async def ready(self, model: str) -> Status:
         return await self.watcher.until(
@@ -120,15 +121,6 @@ def criteria(run: Mapping[str, Any]) -> list[Criterion]:
     ]  # fmt: skip
 
 
-def document(model: str, source: Path) -> str:
-    """One version, no canary."""
-    return (
-        f"apiVersion: paddlewheel/v1\nkind: Model\nmetadata: {{name: {model}}}\nspec:\n"
-        f'  live: "1"\n  versions: [{{version: "1", source: "{source.as_uri()}"}}]\n'
-        f"  rollback: {{bake_s: 0}}\n"
-    )
-
-
 def has_paddle(pid: int) -> bool:
     """Whether Paddle's library is mapped into a process."""
     return "libpaddle" in Path(f"/proc/{pid}/maps").read_text()
@@ -149,7 +141,7 @@ async def _staged(folder: Path) -> AsyncGenerator[tuple[_Stage, dict[str, float]
         watching = asyncio.create_task(watcher.run())
         node: NodeProcess | None = None
         try:
-            await put_document(store, SMALL, document(SMALL, folder / "models" / "small"))
+            await put_document(store, SMALL, one_version(SMALL, folder / "models" / "small"))
             node = await NodeProcess.start(etcd.endpoint, folder)
             stage = _Stage(store, node, watcher, folder)
             status = await stage.ready(SMALL)

@@ -77,6 +77,15 @@ class Subject:
         return "\n".join(lines)
 
 
+def one_version(model: str, source: Path) -> str:
+    """A document of one version and nothing else."""
+    return (
+        f"apiVersion: paddlewheel/v1\nkind: Model\nmetadata: {{name: {model}}}\nspec:\n"
+        f'  live: "1"\n  versions: [{{version: "1", source: "{source.as_uri()}"}}]\n'
+        f"  rollback: {{bake_s: 0}}\n"
+    )
+
+
 def mlp_subject(folder: Path) -> Subject:
     """A small MLP, ``x: float32 (1, 64)``; the last output column is the version's number."""
     inputs = {"x": np.random.default_rng(7).standard_normal((1, 64), dtype=np.float32)}

@@ -110,7 +110,7 @@ def responsiveness(as_json: bool, save_in: Path | None, spell_s: float, loads: i
 @result_options
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
 @click.option(
-    "--turn", "turn_s", default=0.7, show_default=True, metavar="S",
+    "--turn", "turn_s", default=0.5, show_default=True, metavar="S",
     type=click.FloatRange(min=0, min_open=True), help="How long each server is asked per round.",
 )  # fmt: skip
 def front(as_json: bool, save_in: Path | None, rounds: int, turn_s: float) -> None:

@@ -18,6 +18,7 @@ from paddlewheel.bench import front, responsiveness, tables
 from paddlewheel.bench.closed_loop import BadAnswer, closed_loop
 from paddlewheel.bench.footprint import footprint, pss_mb
 from paddlewheel.bench.load import http_request
+from paddlewheel.bench.subjects import one_version
 from paddlewheel.cli import bench as command
 from registry.names import ModelName
 from registry.spec import parse_model
@@ -81,16 +82,19 @@ def test_anything_but_a_good_answer_ends_the_measurement(answer: bytes, said: st
 def test_ratios_are_taken_round_by_round() -> None:
     # A slow moment of the machine hits both: the ratio of each round is 1.5 all the same.
     seen = {
-        "node json x8": [{"per_s": 300.0, "p50_s": 0.001, "p99_s": 0.002},
+        "node tiny json x8": [{"per_s": 300.0, "p50_s": 0.001, "p99_s": 0.002},
                          {"per_s": 30.0, "p50_s": 0.01, "p99_s": 0.02}],
-        "naive x8": [{"per_s": 200.0, "p50_s": 0.001, "p99_s": 0.002},
+        "naive tiny x8": [{"per_s": 200.0, "p50_s": 0.001, "p99_s": 0.002},
                      {"per_s": 20.0, "p50_s": 0.01, "p99_s": 0.02}],
-        "bare": [{"per_s": 1000.0}, {"per_s": 100.0}],
+        "bare tiny": [{"per_s": 1000.0}, {"per_s": 100.0}],
     }  # fmt: skip
     run = front.figures(seen)
-    assert run["ratios"] == {"node json x8 / naive x8": 1.5, "node json x8 / bare": 0.3}
-    assert run["systems"]["bare"] == {"per_s": 550.0}
-    assert run["systems"]["naive x8"]["p50_ms"] == 5.5
+    assert run["ratios"] == {
+        "node tiny json x8 / naive tiny x8": 1.5,
+        "node tiny json x8 / bare tiny": 0.3,
+    }
+    assert run["systems"]["bare tiny"] == {"per_s": 550.0}
+    assert run["systems"]["naive tiny x8"]["p50_ms"] == 5.5
     assert [c.holds for c in front.criteria(run)] == [True]
     assert tables.front(run)
 
@@ -108,7 +112,7 @@ def test_responsiveness_is_judged() -> None:
 
 
 def test_its_document_is_a_good_one(tmp_path: Path) -> None:
-    document = parse_model(responsiveness.document("small-1", tmp_path), name=ModelName("small-1"))
+    document = parse_model(one_version("small-1", tmp_path), name=ModelName("small-1"))
     assert document.spec.live == "1"
 
 
