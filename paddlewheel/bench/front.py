@@ -31,11 +31,8 @@ from paddlewheel.models import make_mlp
 from registry.etcd import EtcdSettings, EtcdStore
 from registry.inference import Array
 
-MODELS: Mapping[str, Mapping[str, int]] = {
-    "tiny": {"hidden": 128, "layers": 2},
-    "small": {"hidden": 512, "layers": 4},
-}
-"""MLPs, ``x: float32 (1, 64)``; a run of them takes some 30 and some 100 us."""
+MODELS: Mapping[str, tuple[int, int]] = {"tiny": (128, 2), "small": (512, 4)}
+"""MLPs by width and layers, ``x: float32 (1, 64)``; a run takes some 30 and some 100 us."""
 CONCURRENCIES = (1, 8)
 WANTED_RATIO = 1.3
 _START_TIMEOUT_S = 60.0
@@ -122,8 +119,8 @@ def criteria(run: Mapping[str, Any]) -> list[Criterion]:
 
 async def _systems(stack: contextlib.AsyncExitStack, folder: Path) -> dict[str, Turn]:
     folders = {
-        model: await asyncio.to_thread(make_mlp, folder / "models" / model, seed=1, **shape)
-        for model, shape in MODELS.items()
+        model: make_mlp(folder / "models" / model, seed=1, hidden=hidden, layers=layers)
+        for model, (hidden, layers) in MODELS.items()
     }
     node_port = await stack.enter_async_context(_node(folders, folder))
     echo = await stack.enter_async_context(_server("echo", folder))

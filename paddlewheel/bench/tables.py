@@ -76,9 +76,7 @@ def front(run: Run) -> list[Table]:
     ]
     ratios = [[pair, f"{ratio:.2f}"] for pair, ratio in run["ratios"].items()]
     return [
-        grid_table(
-            "Closed loop, x1 or x8 connections", ("system", "per second", "p50", "p99"), rows
-        ),
+        grid_table("Closed loop, 1 or 8 at once", ("system", "per second", "p50", "p99"), rows),
         grid_table("Requests per second, ratios", ("", "ratio"), ratios),
     ]
 
