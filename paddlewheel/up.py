@@ -36,6 +36,7 @@ from registry.keys import Keys
 log = structlog.get_logger(__name__)
 
 NODE_READY_TIMEOUT_S = 60.0
+GATEWAY_PORT = 8600
 RESTART_DELAY_S = 0.5
 
 
@@ -52,6 +53,7 @@ class UpSettings:
     prefix: str
     listen: str
     node_count: int
+    gateway: bool
     config_dir: Path | None
     data: Path | None
     ephemeral: bool
@@ -96,6 +98,7 @@ class _Node:
         self.id = f"node-{index + 1}"
         self._address = address
         self._flags = flags
+        self._command: tuple[str, ...] = ("node", "--id", self.id)
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
         self.ready: dict[str, Any] = {}
@@ -103,7 +106,7 @@ class _Node:
     async def start(self) -> None:
         """Start it and wait for its ready line. Raises `NodeNotStarted`."""
         self._process = process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "paddlewheel", "node", "--id", self.id,
+            sys.executable, "-m", "paddlewheel", *self._command,
             "--listen", self._address, *self._flags,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -154,12 +157,22 @@ class _Node:
             await process.wait()
 
 
+class _Gateway(_Node):
+    """The gateway, kept running like a node."""
+
+    def __init__(self, address: str, flags: Sequence[str]) -> None:
+        super().__init__(0, address, flags)
+        self.id = "gateway"
+        self._command = ("gateway",)
+
+
 class _Up:
     def __init__(self, settings: UpSettings) -> None:
         self._settings = settings
         self._etcd: EmbeddedEtcd | None = None
         self._etcd_folder = Path()
         self._nodes: list[_Node] = []
+        self._gateway: _Gateway | None = None
 
     async def run(self) -> int:
         settings = self._settings
@@ -187,6 +200,8 @@ class _Up:
         finally:
             state_file.forget()
             drain_s = settings.drain_s + settings.drain_delay_s + 10
+            if self._gateway is not None:
+                await self._gateway.stop(drain_s)  # first: its requests end on nodes that serve
             await asyncio.gather(*(node.stop(drain_s) for node in self._nodes))
             if self._etcd is not None:
                 await self._etcd.stop()
@@ -197,28 +212,39 @@ class _Up:
     async def _run_nodes(self, etcd: EtcdSettings, stop: asyncio.Event) -> None:
         settings, endpoints = self._settings, etcd.endpoints
         host, port = parse_listen(settings.listen)
-        flags = ["--etcd", ",".join(endpoints), *_etcd_flags(settings.etcd), *settings.node_flags()]
+        etcd_flags = ["--etcd", ",".join(endpoints), *_etcd_flags(settings.etcd)]
+        flags = [*etcd_flags, *settings.node_flags()]
         for index in range(settings.node_count):
             address = f"{host}:{port + index if port else 0}"
             self._nodes.append(_Node(index, address, flags))
-        await asyncio.gather(*(node.start() for node in self._nodes))
+        supervised = list(self._nodes)
+        if settings.gateway:
+            shared = [*etcd_flags, "--prefix", settings.prefix, "--drain", str(settings.drain_s)]
+            address = f"{host}:{GATEWAY_PORT if port else 0}"
+            self._gateway = _Gateway(address, shared)
+            supervised.append(self._gateway)
+        await asyncio.gather(*(process.start() for process in supervised))
+        gateway = self._gateway.ready["http"] if self._gateway is not None else None
         ready = [node.ready for node in self._nodes]
         with contextlib.suppress(OSError):
             state_file.remember(
-                etcd=endpoints, prefix=settings.prefix, nodes=tuple(line["http"] for line in ready)
+                etcd=endpoints,
+                prefix=settings.prefix,
+                nodes=tuple(line["http"] for line in ready),
+                gateway=gateway,
             )
         line = {
             "event": "ready",
             "http": ready[0]["http"],
             "grpc": None,
             "nodes": ready,
-            "gateway": None,
+            "gateway": gateway,
             "pid": os.getpid(),
             "etcd": [endpoint.split("://")[-1] for endpoint in endpoints],
         }
         print(orjson.dumps(line).decode(), flush=True)
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(node.supervise()) for node in self._nodes]
+            background = [tasks.create_task(node.supervise()) for node in supervised]
             if self._etcd is not None:
                 background.append(tasks.create_task(self._supervise_etcd(self._etcd_folder)))
             if settings.config_dir is not None:

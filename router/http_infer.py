@@ -15,6 +15,7 @@ from registry.errors import PaddlewheelError
 from registry.inference import Predictor, Signature
 from registry.names import ServableId
 from router import http_errors
+from router.deadline import TIMEOUT_HEADER, parse_timeout_s
 from router.dispatch import Served, dispatch
 from router.http_body import pack, read_body, wanted_packing
 from router.http_errors import CLIENT_CLOSED, JSON, PROBLEM
@@ -118,8 +119,9 @@ class InferEndpoint:
             exchange = parse(body, headers.get(_HEADER_LENGTH), target.predictor.signature)
             del body
             timeout_s = route.limits.timeout_s
-            if exchange.timeout_s is not None:
-                timeout_s = min(timeout_s, exchange.timeout_s)
+            for wanted_s in (exchange.timeout_s, parse_timeout_s(headers.get(TIMEOUT_HEADER))):
+                if wanted_s is not None:
+                    timeout_s = min(timeout_s, wanted_s)
             served = await self._run(serving, choice, target, exchange, began_s + timeout_s)
             if served.reruns:
                 self._metrics.rerun(model)

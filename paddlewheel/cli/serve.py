@@ -13,7 +13,9 @@ from paddlewheel.etcd_options import EMBEDDED, EtcdOptions, etcd_options
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-def _labels(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+def _labels(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
     labels = dict[str, str]()
     for value in values:
         key, equals, text = value.partition("=")
@@ -70,13 +72,17 @@ def serving_options(command: Decorated) -> Decorated:
     return command
 
 
+def label_option(help_text: str) -> Callable[[Decorated], Decorated]:
+    """``--label KEY=VALUE``, several times. Passes ``labels``: a dict."""
+    return click.option(
+        "--label", "labels", multiple=True, callback=_labels, metavar="KEY=VALUE", help=help_text
+    )
+
+
 @click.command("node")
 @etcd_options
 @serving_options
-@click.option(
-    "--label", "labels", multiple=True, callback=_labels, metavar="KEY=VALUE",
-    help="A label of this node; may be given again.",
-)  # fmt: skip
+@label_option("A label of this node; may be given again.")
 @click.option(
     "--listen", default="127.0.0.1:8500", metavar="HOST:PORT", show_default=True,
     help="Where HTTP is served; port 0 asks for a free one.",
@@ -130,6 +136,10 @@ def node(
 @click.option(
     "--nodes", "node_count", type=click.IntRange(min=1, max=64), default=1, show_default=True,
     metavar="N", help="How many nodes.",
+)  # fmt: skip
+@click.option(
+    "--gateway", is_flag=True,
+    help="A gateway in front of them, on port 8600, or a free one where --listen asks for that.",
 )  # fmt: skip
 @click.option(
     "--config-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",

@@ -1,0 +1,52 @@
+"""`paddlewheel gateway`: one address in front of all nodes."""
+
+from __future__ import annotations
+
+import click
+
+from paddlewheel.cli.serve import label_option
+from paddlewheel.etcd_options import EtcdOptions, etcd_options
+
+
+@click.command("gateway")
+@etcd_options
+@click.option(
+    "--drain-delay", "drain_delay_s", type=click.FloatRange(min=0), default=0.0,
+    metavar="S", show_default=True,
+    help="After SIGTERM, go on accepting for so long while unready.",
+)  # fmt: skip
+@click.option(
+    "--drain", "drain_s", type=click.FloatRange(min=0), default=30.0, metavar="S",
+    show_default=True, help="How long requests in flight may take after SIGTERM.",
+)  # fmt: skip
+@label_option("A label of the nodes to ask first, such as zone=a; may be given again.")
+@click.option(
+    "--listen", default="127.0.0.1:8600", metavar="HOST:PORT", show_default=True,
+    help="Where HTTP is served; port 0 asks for a free one.",
+)  # fmt: skip
+def gateway(
+    etcd: EtcdOptions, listen: str, labels: dict[str, str], drain_s: float, drain_delay_s: float
+) -> None:
+    """Forward requests to the nodes that etcd knows, and around those that fail.
+
+    Prints one line of JSON on stdout when HTTP listens; logs go to stderr as JSON lines.
+    """
+    from paddlewheel.gateway import GatewaySettings, run_gateway
+    from paddlewheel.settings import parse_listen
+
+    try:
+        host, port = parse_listen(listen)
+    except ValueError as exc:
+        raise click.BadParameter(f"want HOST:PORT, got {listen!r}", param_hint="--listen") from exc
+    status = run_gateway(
+        GatewaySettings(
+            etcd=etcd.settings(),
+            prefix=etcd.locate().prefix,
+            host=host,
+            port=port,
+            zone=labels,
+            drain_s=drain_s,
+            drain_delay_s=drain_delay_s,
+        )
+    )
+    raise SystemExit(status)

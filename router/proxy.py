@@ -1,0 +1,323 @@
+"""One request through the gateway: to a node, and once more to another where that one failed.
+
+Inference has no side effects, so a request may be run again; a client sees an answer, not the
+node's death. The answer's first byte to the client ends that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import StreamReader, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from registry.inference import DeadlineExceeded, Overloaded
+from registry.names import ModelName, NodeId
+from router.deadline import TIMEOUT_HEADER, show_timeout_ms
+from router.errors import BadRequest, BodyTooLarge, NothingServes, SlowUpload
+from router.fleet.selection import Want
+from router.http_body import UPLOAD_TIMEOUT_S
+from router.rotation import Rotation
+from router.upstream import AnswerBroken, Exchange, Upstream, UpstreamFailed
+
+log = structlog.get_logger(__name__)
+
+REPLAY_MAX_BYTES = 8 * 2**20
+"""A larger body passes as a stream, and its request cannot be run again once part of it went."""
+ANSWER_MAX_BYTES = 2**20
+"""A larger answer passes as a stream; a smaller one is here whole before its first byte goes."""
+GRACE_S = 0.25
+"""For the node's own 504, which says more than ours."""
+RETRY_AFTER_S = 1.0
+AGAIN = frozenset({404, 503})
+"""Answers that another node may give otherwise: this one has no such version, or no room."""
+_NODE_FAULTS = frozenset({500})
+
+HOP_BY_HOP = frozenset(
+    (
+        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+        b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"expect",
+        b"content-length",
+    )
+)  # fmt: skip
+"""Headers about one connection, and those that we say ourselves."""
+_OURS = frozenset((TIMEOUT_HEADER.lower().encode(), b"x-request-id"))
+
+
+class StreamedBody:
+    """A body that passes piece by piece; ``began`` once a piece of it is gone."""
+
+    def __init__(self, content: StreamReader, limit_bytes: int, *, chunked: bool) -> None:
+        self._content = content
+        self._limit_bytes = limit_bytes
+        self._chunked = chunked
+        self.began = False
+        self.ended = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        self.began = True
+        while True:
+            try:
+                piece = await self._content.readany()
+            except (web.RequestPayloadError, HttpProcessingError) as exc:
+                raise BadRequest(f"the body broke off: {exc}") from exc
+            if not piece:
+                break
+            size += len(piece)
+            if size > self._limit_bytes:
+                raise too_large(self._limit_bytes)
+            yield b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece
+        self.ended = True
+        if self._chunked:
+            yield b"0\r\n\r\n"
+
+
+Body = bytes | StreamedBody
+
+
+def too_large(limit_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is over {limit_bytes / 1e6:g} MB (limits.max_body_mb)")
+
+
+async def take_body(request: web.BaseRequest, limit_bytes: int) -> Body:
+    """Return the body as it was sent, packed or not: whole where it is small, else as a stream.
+
+    Raises `BodyTooLarge`, `BadRequest`, `SlowUpload`.
+    """
+    content, length = request.content, request.content_length
+    if length is not None and length > limit_bytes:
+        raise too_large(limit_bytes)
+    if "Expect" in request.headers:
+        if request.headers["Expect"].lower() != "100-continue":
+            raise BadRequest("Expect: want 100-continue")
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer's headers are still to come
+    if content.is_eof():
+        body = content.read_nowait()
+        if len(body) > limit_bytes:
+            raise too_large(limit_bytes)
+        return body
+    if length is None or length > REPLAY_MAX_BYTES:
+        return StreamedBody(content, limit_bytes, chunked=length is None)
+    try:
+        async with asyncio.timeout(UPLOAD_TIMEOUT_S):
+            return await content.read()
+    except TimeoutError as exc:
+        raise SlowUpload(f"the body did not arrive within {UPLOAD_TIMEOUT_S:g} s") from exc
+    except (web.RequestPayloadError, HttpProcessingError) as exc:
+        raise BadRequest(f"the body broke off: {exc}") from exc
+
+
+def request_head(
+    method: str,
+    path: str,
+    headers: Iterable[tuple[bytes, bytes]],
+    *,
+    length: int | None,
+    request_id: str,
+    peer: str | None,
+) -> bytes:
+    """Return the head for a node, but for the deadline and the empty line: `with_deadline`.
+
+    headers: the client's, passed on as they are but for those about its connection.
+    length: ``None`` for a chunked body.
+    """
+    lines = [f"{method} {path} HTTP/1.1".encode("utf-8", "surrogateescape")]
+    forwarded = (peer or "unknown").encode()
+    named: frozenset[bytes] = frozenset()
+    kept: list[tuple[bytes, bytes, bytes]] = []
+    for name, value in headers:
+        lower = name.lower()
+        if lower == b"connection":
+            named |= {part.strip() for part in value.lower().split(b",")}
+        elif lower == b"x-forwarded-for":
+            forwarded = value + b", " + forwarded
+        elif lower not in HOP_BY_HOP and lower not in _OURS:
+            kept.append((lower, name, value))
+    lines += [name + b": " + value for lower, name, value in kept if lower not in named]
+    lines += (
+        b"X-Forwarded-For: " + forwarded,
+        b"X-Request-Id: " + request_id.encode(),
+        b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length,
+        b"",
+    )
+    return b"\r\n".join(lines)
+
+
+def with_deadline(head: bytes, left_s: float) -> bytes:
+    return head + f"{TIMEOUT_HEADER}: {show_timeout_ms(left_s)}\r\n\r\n".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A request, ready to go to any node."""
+
+    model: ModelName
+    want: Want
+    head: bytes
+    body: Body
+    is_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back. Where ``body`` is ``None`` it is to be streamed from ``exchange``."""
+
+    upstream: Upstream
+    exchange: Exchange
+    body: bytes | None
+
+    @property
+    def node(self) -> NodeId:
+        return self.upstream.id
+
+    def close(self) -> None:
+        """Once, when the body is read or given up; done already where ``body`` is there."""
+        self.exchange.close()
+        self.upstream.in_flight -= 1
+
+
+Retried = Callable[[ModelName, str], None]
+
+
+class Proxy:
+    """Forwards requests by a `Rotation`. ``on_retry`` is told the model and why, for metrics."""
+
+    def __init__(self, rotation: Rotation, *, on_retry: Retried = lambda _m, _w: None) -> None:
+        self._rotation = rotation
+        self._on_retry = on_retry
+
+    async def run(self, forward: Forward, *, deadline_s: float) -> Answer:
+        """Return an answer, whoever gave it; the caller closes it if its body is to be streamed.
+
+        deadline_s: the loop's time after which nobody waits. Raises `NothingServes` where there
+        is no node at all, `Overloaded` where each one asked failed, `DeadlineExceeded`, and what
+        is wrong with a streamed body.
+        """
+        rotation, model = self._rotation, forward.model
+        upstream = rotation.pick(model, forward.want)
+        if upstream is None:
+            raise NothingServes(model, rotation.table.route(model).reason)
+        first: Answer | Exception
+        try:
+            answer = await self._attempt(upstream, forward, deadline_s)
+        except (UpstreamFailed, AnswerBroken) as exc:
+            first, why = (
+                exc,
+                "refused" if isinstance(exc, UpstreamFailed) and exc.refused else ("reset"),
+            )
+        else:
+            if answer.exchange.status not in AGAIN or answer.body is None:
+                return answer
+            first, why = answer, str(answer.exchange.status)
+        again = rotation.pick(model, forward.want, upstream.id)
+        body = forward.body
+        if again is None or (isinstance(body, StreamedBody) and body.began):
+            return _give_up(first, model)
+        self._on_retry(model, why)
+        try:
+            return await self._attempt(again, forward, deadline_s)
+        except (UpstreamFailed, AnswerBroken, DeadlineExceeded) as exc:
+            if isinstance(first, Answer):
+                return first
+            if isinstance(exc, DeadlineExceeded):
+                raise
+            raise Overloaded(
+                f"model {model!r}: {first}; then {exc}", retry_after_s=RETRY_AFTER_S
+            ) from exc
+
+    async def _attempt(self, upstream: Upstream, forward: Forward, deadline_s: float) -> Answer:
+        """Ask one node. Raises `UpstreamFailed`, `AnswerBroken`, `DeadlineExceeded`."""
+        model, body = forward.model, forward.body
+        loop = asyncio.get_running_loop()
+        until_s = deadline_s + GRACE_S
+        if isinstance(body, StreamedBody):
+            until_s += UPLOAD_TIMEOUT_S
+        upstream.in_flight += 1
+        keeps_place = False
+        try:
+            exchange = await self._send(upstream, forward, deadline_s, until_s)
+            try:
+                answer = Answer(upstream, exchange, await _whole(exchange, forward, until_s))
+            except BaseException:
+                exchange.close()
+                raise
+            keeps_place = True
+        except (UpstreamFailed, AnswerBroken) as exc:
+            self._node_failed(upstream, model, exc)
+            raise
+        except TimeoutError as exc:
+            if isinstance(body, StreamedBody) and body.began and not body.ended:
+                raise SlowUpload("the body did not arrive in time") from exc
+            silent = UpstreamFailed(upstream.id, "no answer", refused=False, stale=False)
+            self._node_failed(upstream, model, silent)
+            if until_s - loop.time() > _CLOCK_S:
+                raise silent from exc  # abandoned: its probes found it silent
+            raise DeadlineExceeded(
+                f"model {model!r}: no answer from node {upstream.id!r} in the time it had"
+            ) from exc
+        finally:
+            if not keeps_place:
+                upstream.in_flight -= 1
+        self._rotation.report(model, upstream.id, failed=exchange.status in _NODE_FAULTS)
+        if answer.body is not None:
+            answer.close()
+        return answer
+
+    async def _send(
+        self, upstream: Upstream, forward: Forward, deadline_s: float, until_s: float
+    ) -> Exchange:
+        """Send it; a second time over a fresh connection where an idle one had been closed.
+
+        That is no attempt: a node may close what is idle at any time.
+        """
+        loop = asyncio.get_running_loop()
+        fresh = isinstance(forward.body, StreamedBody)
+        while True:
+            left_s = deadline_s - loop.time()
+            if left_s <= 0:
+                raise DeadlineExceeded(
+                    f"model {forward.model!r}: no time left to ask node {upstream.id!r}"
+                )
+            try:
+                return await upstream.send(
+                    with_deadline(forward.head, left_s),
+                    forward.body,
+                    deadline_s=until_s,
+                    is_head=forward.is_head,
+                    fresh=fresh,
+                )
+            except UpstreamFailed as exc:
+                if not exc.stale:
+                    raise
+                fresh = True
+
+    def _node_failed(self, upstream: Upstream, model: ModelName, error: Exception) -> None:
+        log.info("attempt_failed", node=upstream.id, model=model, reason=str(error))
+        self._rotation.report(model, upstream.id, failed=True)
+        self._rotation.on_suspect(upstream.id)
+
+
+_CLOCK_S = 0.005
+"""The loop's clock counts milliseconds."""
+
+
+def _give_up(first: Answer | Exception, model: ModelName) -> Answer:
+    if isinstance(first, Answer):
+        return first
+    raise Overloaded(f"model {model!r}: {first}", retry_after_s=RETRY_AFTER_S) from first
+
+
+async def _whole(exchange: Exchange, forward: Forward, until_s: float) -> bytes | None:
+    """The answer's body where it is small or here already; ``None``: to be streamed."""
+    if exchange.is_whole or forward.is_head:
+        return await exchange.read()
+    length = exchange.message.headers.get("Content-Length")
+    if length is None or int(length) > ANSWER_MAX_BYTES:
+        return None
+    async with asyncio.timeout_at(until_s):
+        return await exchange.read()
