@@ -158,6 +158,8 @@ def _blame_device(seen: _Evidence) -> Verdict | None:
         shared = {i.code for i in both} & {other.code for other in seen.theirs}
         if len(both) < max(CONTROLS_MIN, FAILING_SHARE * last) or not shared:
             continue
+        if _all_crashed(both) and "" not in inputs and len(inputs) < CONTROLS_MIN:
+            continue  # a few inputs, sent again and again: `_blame_input`
         if seen.failing_share(last) < FAILING_SHARE:
             continue
         code = Counter(i.code for i in both if i.code in shared).most_common(1)[0][0]
@@ -186,11 +188,10 @@ def _blame_input(seen: _Evidence) -> Verdict | None:
         return verdict if not others and share < 0.1 else None
     if share < FAILING_SHARE:
         return verdict
-    # The first sight of a killer, before anything else ran. Two processes that died of it are
-    # enough; two error codes are not: a broken device says the same of whatever runs first.
-    first_sight = len(seen.ours) == 1 == len(seen.theirs)
-    crashed = all(i.fault_class is FaultClass.CRASH for i in (*seen.ours, *seen.theirs))
-    return verdict if first_sight and crashed else None
+    # The first sight of a killer or two, before anything else ran. Two processes that died of an
+    # input are enough; two error codes are not: a broken device says the same of whatever runs.
+    only_they = len(killers) < CONTROLS_MIN and len(of_killers) == len(seen.ours)
+    return verdict if only_they and _all_crashed((*seen.ours, *seen.theirs)) else None
 
 
 def _blame_version(seen: _Evidence) -> Verdict | None:
@@ -203,6 +204,10 @@ def _blame_version(seen: _Evidence) -> Verdict | None:
         return None  # nobody answered anything since: the control has not run yet
     reason = f"{seen.told}, of the standby {len(theirs)}, which answered the same requests"
     return Verdict(Blame.VERSION, reason, seen.code, version=seen.live)
+
+
+def _all_crashed(incidents: Sequence[Incident]) -> bool:
+    return all(i.fault_class is FaultClass.CRASH for i in incidents)
 
 
 def _same_request(ours: Incident, other: Incident) -> bool:

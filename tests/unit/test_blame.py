@@ -47,6 +47,14 @@ CASES: dict[str, tuple[str, int | None, Blame]] = {
     "hardware says so itself": ("2:a:46@0", 100, Blame.DEVICE),
     "a killer, while others are answered": ("2:a:700@0 1:a:700@2", 9, Blame.INPUT),
     "a killer seen for the first time": ("2:a:SIGSEGV@7 1:a:SIGSEGV@7", 7, Blame.INPUT),
+    "two killers, sent again and again": (
+        "2:a:SIGFPE@0 2:b:SIGFPE@0 1:a:SIGFPE@0 1:b:SIGFPE@0 2:a:SIGFPE@0 1:a:SIGFPE@0",
+        0, Blame.INPUT),
+    "of two that crash, one is not proven yet": (
+        "2:a:SIGFPE@0 2:b:SIGFPE@0 1:a:SIGFPE@0", 0, Blame.UNDECIDED),
+    "whatever comes crashes both": (
+        "2:a:SIGFPE@0 1:a:SIGFPE@0 2:b:SIGFPE@0 1:b:SIGFPE@0 2:c:SIGFPE@0 1:c:SIGFPE@0",
+        0, Blame.DEVICE),
     "a code seen for the first time may be the device": (
         "2:a:700@7 1:a:700@7", 7, Blame.UNDECIDED),
     "both short of memory: not the device, not the version": (
