@@ -123,6 +123,43 @@ def front(as_json: bool, save_in: Path | None, rounds: int, turn_s: float) -> No
     _finish("front", run, tables.front(run), criteria(run), as_json, save_in)
 
 
+@bench.command()
+@result_options
+@click.option("--n", default=100, show_default=True, type=click.IntRange(min=1), help="Rollbacks.")
+@click.option(
+    "--model", type=click.Choice(["mlp", "ocr-cls"]), default="mlp", show_default=True,
+    help="A small MLP, or PP-OCRv4's direction model.",
+)  # fmt: skip
+@click.option("--code", default=700, show_default=True, help="What the drill raises.")
+@click.option(
+    "--rate", "rate_per_s", type=click.FloatRange(min=0, min_open=True), metavar="R",
+    help="Requests per second.  [200 for the MLP, else half of what the node can do]",
+)  # fmt: skip
+@click.option(
+    "--guard-rounds", default=20, show_default=True, type=click.IntRange(min=0),
+    help="Turns with and without output guards, to compare them.",
+)  # fmt: skip
+def rollback(
+    as_json: bool,
+    save_in: Path | None,
+    n: int,
+    model: str,
+    code: int,
+    rate_per_s: float | None,
+    guard_rounds: int,
+) -> None:
+    """Fail the live version many times under load; time the standby's first answer."""
+    from paddlewheel.bench.rollback import criteria, tables
+    from paddlewheel.bench.rollback import rollback as measure
+
+    run = _run(
+        lambda: measure(
+            n=n, model=model, code=code, rate_per_s=rate_per_s, guard_rounds=guard_rounds
+        )
+    )
+    _finish(f"rollback-{model}", run, tables(run), criteria(run), as_json, save_in)
+
+
 def _run(measure: Callable[[], Coroutine[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
     # gRPC would tell on stderr of each process that we start beside its threads.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
