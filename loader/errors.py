@@ -23,10 +23,12 @@ class NotAdmitted(LoaderError):
     ``check`` is one of: digest, params, finite, signature, memory, warmup, golden.
     """
 
-    def __init__(self, check: str, reason: str) -> None:
+    def __init__(self, check: str, reason: str, *, may_heal: bool = False) -> None:
+        """may_heal: the same files may be admitted later (memory that others hold now)."""
         super().__init__(f"{check}: {reason}")
         self.check = check
         self.reason = reason
+        self.may_heal = may_heal
 
 
 class LoadFailed(LoaderError):

@@ -62,6 +62,10 @@ class Deeds(Protocol):
         """Whether the device was found guilty: what fails on it says nothing of a version."""
         ...
 
+    def noted(self, model: Model) -> None:
+        """A fault was counted: the status may tell."""
+        ...
+
     def troubled(self, model: Model, reason: str | None) -> None:
         """Say why requests fail while there is nothing to roll back to; ``None``: no longer."""
         ...
@@ -187,6 +191,7 @@ class FaultDesk:
         )
         servable.errors.clear()
         servable.errors.update(case.triage.errors(id))
+        self._deeds.noted(model)
         verdict = ruling.verdict
         if verdict is not None and verdict.blame is Blame.INPUT:
             self._refuse(model, case, verdict)
@@ -232,16 +237,14 @@ class FaultDesk:
 
     def _breached(self, model: Model, servable: Servable, fault: Fault) -> None:
         """An objective is not met, for sure: nothing more is counted."""
-        fallback = model.fallback
-        has_other = fallback is not None and fallback.version != servable.id.version
+        has_other = model.usable_fallback(servable.id) is not None
         if servable.is_loaded and (has_other or model.control_of(servable.id) is not None):
             self._deeds.quarantine(model, servable, fault, fault.message)
         elif servable.is_loaded:
             self._deeds.troubled(model, f"{fault.message}; nothing to roll back to")
 
     def _without_control(self, model: Model, servable: Servable, tripped: Tripped) -> None:
-        fallback = model.fallback
-        if fallback is not None and fallback.version != servable.id.version:
+        if model.usable_fallback(servable.id) is not None:
             self._deeds.quarantine(model, servable, tripped.fault, str(tripped))
             return
         # Nothing to roll back to: taking it out would only turn some failures into all of them.
@@ -256,6 +259,7 @@ class FaultDesk:
             for after_s in JUDGE_AGAIN_S:
                 await asyncio.sleep(max(0.0, started_s + after_s - loop.time()))
                 if id not in case.open or not servable.is_loaded:
+                    self._deeds.acquit(model, id)
                     return
                 verdict = case.triage.judge(
                     loop.time(), id, control=model.control_of(id), answers_of_all=model.answered

@@ -15,24 +15,23 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from loader import policy
-from loader.devices import BadDevice, Cordon, Cordoned, DevicePool, OutOfQuota, Priority
+from loader.devices import BadDevice, Cordon, DevicePool
 from loader.drills import DrillBox
-from loader.errors import FetchFailed, LoaderError, LoadTimedOut, NotAdmitted, WorkerDied
+from loader.errors import FetchFailed, LoadTimedOut, NotAdmitted, WorkerDied
 from loader.fault_desk import FaultDesk
 from loader.faults import Fault
 from loader.lifecycle import UNDERWAY, State
-from loader.loading import Loading, Predecessor
-from loader.memory import required_mb
+from loader.loading import Predecessor
 from loader.model import Model, ModelView
 from loader.plan import Order, aspire, fallback_id, is_pending, order_for
 from loader.policy import Aspiration, InForce, World
 from loader.pool import WorkerPool
+from loader.readying import Readying, total_mb
 from loader.recipe import Recipe
 from loader.repository import Fetched, ModelRepository
 from loader.servable import Servable
@@ -103,8 +102,6 @@ class Manager:
         settings: ManagerSettings,
         drills: DrillBox | None = None,
     ) -> None:
-        self._zygote = zygote
-        self._repository = repository
         self._devices = devices
         self._listener = listener
         self._settings = settings
@@ -112,7 +109,14 @@ class Manager:
         self._models: dict[ModelName, Model] = {}
         self._dirty: set[ModelName] = set()
         self._wake = asyncio.Event()
-        self._slots = asyncio.Semaphore(settings.load_slots)
+        self._readying = Readying(
+            zygote=zygote,
+            repository=repository,
+            devices=devices,
+            load_timeout_s=settings.load_timeout_s,
+            fetch_timeout_s=settings.fetch_timeout_s,
+            load_slots=settings.load_slots,
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self.last_turn_s = asyncio.get_running_loop().time()
         """When the loop last came round (loop time): the heartbeat behind `/livez`."""
@@ -127,15 +131,12 @@ class Manager:
         model.aspired, model.aspired_revision = document, revision
         model.aspiration, orders = aspire(document, revision)
         self._keep_loading(model, orders)
+        # A new document is a new chance for all that failed.
         model.retry_at_s.clear()
         model.attempts.clear()
+        for servable in [s for s in model.servables.values() if s.state is State.FAILED]:
+            self._remove(model, servable)
         model.trouble = None
-        limits = document.spec.limits
-        for servable in model.servables.values():
-            if servable.pool is not None:
-                servable.pool.configure(queue=limits.queue, hang_s=limits.hang_s)
-                servable.pool.oversee(self._desk.oversight(model, servable, document.spec.rollback))
-        self._desk.configure(model, document.spec.rollback)
         self._listener.publish(model.view())
         self._touch(model.name)
 
@@ -268,6 +269,16 @@ class Manager:
             if model.trouble is not None and model.answered > model.trouble_answered:
                 self.troubled(model, None)
             self._report_bake(model)
+            self._look_at_workers(model)
+
+    def _look_at_workers(self, model: Model) -> None:
+        """Workers die and are replaced without a step of ours: tell the status."""
+        for servable in model.servables.values():
+            if servable.pool is not None:
+                workers = tuple((view.pid, view.alive) for view in servable.pool.workers())
+                if workers != servable.shown_workers:
+                    servable.shown_workers = workers
+                    self._dirty.add(model.name)
 
     def _world(self, model: Model) -> World:
         return World(
@@ -282,18 +293,22 @@ class Manager:
         )
 
     def _is_tight(self, model: Model) -> bool:
-        """Whether what is wanted next only fits once this model's standby has gone."""
-        aspiration = model.aspiration
-        if aspiration is None or model.in_force.live is None:
+        """Whether what is wanted next fits only once this model's standby has gone."""
+        aspiration, standby_id = model.aspiration, model.in_force.standby
+        standby = model.servables.get(standby_id) if standby_id is not None else None
+        going = [s for s in model.servables.values() if s.state is State.DRAINING]
+        if aspiration is None or (standby is None and not going):
             return False
         for id in (aspiration.live, aspiration.canary):
             fetched = model.fetched.get(id) if id is not None else None
             if id is None or id in model.servables or fetched is None:
                 continue
             recipe = model.orders[id].recipe
-            needed_mb = required_mb(recipe, fetched.bytes) * recipe.replicas
+            leaving = [s for s in (standby, *going) if s and s.recipe.device == recipe.device]
             with contextlib.suppress(BadDevice):
-                if needed_mb > self._devices.free_mb(recipe.device):
+                free_mb = self._devices.free_mb(recipe.device)
+                freed_mb = free_mb + sum(servable.memory_mb for servable in leaving)
+                if free_mb < total_mb(recipe, fetched) <= freed_mb:
                     return True
         return False
 
@@ -309,13 +324,17 @@ class Manager:
             self._perform(model, action)
         else:
             log.error("reconcile_did_not_converge", model=name)
-        if model.aspiration is None and not model.servables:
+        if model.aspiration is None and not model.servables and model.fallback is None:
             if not model.quarantined and not model.own_quarantines:
                 del self._models[name]
             self._desk.drop(name)
             self._listener.withdraw(name)
             log.info("model_gone", model=name)
             return
+        if model.in_force.revision == model.aspired_revision and model.document != model.aspired:
+            # The same revision with other words: a store restored from a backup.
+            self._take_up(model)
+            self._listener.publish(model.view())
         self._report_bake(model)
         self._listener.changed(model.view())
 
@@ -329,6 +348,7 @@ class Manager:
                 self._abandon(model, model.servables[id])
             case policy.Forget(id):
                 self._remove(model, model.servables[id])
+                self._desk.forget(model, id)
             case policy.Drain(id):
                 self._drain(model, model.servables[id])
             case policy.Unload(id):
@@ -341,7 +361,7 @@ class Manager:
         started_s = time.perf_counter()  # the loop's clock has no microseconds
         model.in_force = to
         if to.revision == model.aspired_revision:
-            model.document = model.aspired
+            self._take_up(model)
         for servable in model.servables.values():
             if servable.is_loaded:
                 role = policy.role(servable.id, to)
@@ -363,9 +383,22 @@ class Manager:
         if to.revision != before.revision and to.revision == model.aspired_revision:
             self._listener.happened(EventType.CONFIG_APPLIED, model.name, {"revision": to.revision})
 
+    def _take_up(self, model: Model) -> None:
+        """The aspired document is in force now, its limits too."""
+        if model.document == model.aspired or model.aspired is None:
+            return
+        model.document = model.aspired
+        limits, rollback = model.document.spec.limits, model.document.spec.rollback
+        for servable in model.servables.values():
+            if servable.pool is not None:
+                servable.pool.configure(queue=limits.queue, hang_s=limits.hang_s)
+                servable.pool.oversee(self._desk.oversight(model, servable, rollback))
+        self._desk.configure(model, rollback)
+
     def _report_bake(self, model: Model) -> None:
-        in_force, aspiration = model.in_force, model.aspiration
-        if in_force.live is None or aspiration is None or in_force.live != aspiration.live:
+        """What serves after its bake, or after a rollback to it, is the last good version."""
+        in_force = model.in_force
+        if in_force.live is None or model.aspiration is None:
             return
         if in_force.bake_until_s > asyncio.get_running_loop().time():
             return
@@ -399,27 +432,31 @@ class Manager:
         task.add_done_callback(self._tasks.discard)
 
     async def _fetch(self, model: Model, servable: Servable, order: Order) -> None:
-        recipe, pending = order.recipe, servable.id
         started_s = time.perf_counter()
         try:
-            async with asyncio.timeout(self._settings.fetch_timeout_s):
-                fetched = await self._repository.fetch(recipe.source, sha256=recipe.sha256)
-        except TimeoutError:
-            self._failed(model, servable, FetchFailed("the source did not answer in time"))
-            return
-        except (LoaderError, OSError) as exc:
+            fetched = await self._readying.fetch(order.recipe)
+        except Exception as exc:
             self._failed(model, servable, exc)
             return
+        fetch_ms = round((time.perf_counter() - started_s) * 1000, 3)
+        self._resolve(model, servable, order, fetched, fetch_ms)
+
+    def _resolve(
+        self, model: Model, servable: Servable, order: Order, fetched: Fetched, fetch_ms: float
+    ) -> None:
+        """The bytes are known now: what stood for them becomes the servable that they make."""
+        pending = servable.id
         id = replace(pending, digest=fetched.digest)
-        model.orders[id] = model.orders.pop(pending)
+        model.orders.pop(pending, None)
+        model.orders[id] = order
         model.fetched[id] = fetched
-        model.fetch_ms[id] = round((time.perf_counter() - started_s) * 1000, 3)
+        model.fetch_ms[id] = fetch_ms
         self._remove(model, servable)
         existing = model.servables.get(id)
         if existing is not None and existing.state is State.FAILED:
             self._remove(model, existing)
         elif existing is not None and existing.is_loaded:
-            self._book_anew(existing, recipe, fetched)
+            self._book_anew(existing, order.recipe, fetched)
         if model.aspiration is not None:
             model.aspiration = _resolved(model.aspiration, pending, id)
         if model.fallback == pending:
@@ -429,7 +466,7 @@ class Manager:
             servable=str(id),
             digest=fetched.digest,
             bytes=fetched.bytes,
-            fetch_ms=model.fetch_ms[id],
+            fetch_ms=fetch_ms,
         )
         self._touch(model.name)
 
@@ -437,40 +474,33 @@ class Manager:
         """What serves goes on as it is; the document may say anew how much memory it takes."""
         servable.recipe = recipe
         try:
-            self._reserve(servable, fetched)
+            self._readying.reserve(servable, fetched)
         except NotAdmitted as exc:
             log.warning("memory_not_booked_anew", servable=str(servable.id), reason=exc.reason)
 
     async def _make_ready(self, model: Model, servable: Servable, order: Order) -> None:
-        recipe, fetched = order.recipe, model.fetched[servable.id]
+        fetched = model.fetched[servable.id]
         try:
             if not fetched.folder.exists():  # evicted while nobody needed it
-                fetched = await self._repository.fetch(recipe.source, sha256=recipe.sha256)
-            self._repository.lease(fetched.digest)
-            golden: Path | None = None
-            if recipe.golden is not None:
-                golden = await self._repository.fetch_file(recipe.golden)
-            async with self._slots:
-                servable.move(State.LOADING)
-                self._listener.changed(model.view())
-                loading = Loading(
-                    recipe=recipe,
-                    folder=fetched.folder,
-                    golden=golden,
-                    predecessor=self._predecessor(model, servable.id),
-                    compatibility=order.compatibility,
-                    spawn=self._zygote.spawn,
-                    reserve=partial(self._reserve, servable, fetched),
-                    on_phase=partial(self._phase_ended, model, servable),
-                    timeout_s=self._settings.load_timeout_s,
-                )
-                ready = await loading.run()
-        except (PaddlewheelError, OSError) as exc:
-            self._give_back(servable)
+                fetched = await self._readying.fetch(order.recipe)
+                if fetched.digest != servable.id.digest:
+                    self._resolve(model, servable, order, fetched, 0.0)
+                    return
+            loading, ready = await self._readying.make(
+                servable,
+                order,
+                fetched,
+                predecessor=lambda: self._predecessor(model, servable.id),
+                on_waiting=partial(self._waits, model, servable),
+                on_loading=partial(self._loads, model, servable),
+                on_phase=partial(self._phase_ended, model, servable),
+            )
+        except Exception as exc:
+            self._readying.give_back(servable)
             self._failed(model, servable, exc)
             return
         except BaseException:
-            self._give_back(servable)
+            self._readying.give_back(servable)
             raise
         document = model.aspired or model.document
         limits = document.spec.limits if document is not None else Limits()
@@ -494,8 +524,21 @@ class Manager:
             f"{model.name}/{servable.id.version}",
             {"digest": servable.id.digest, "phases_ms": dict(servable.phases_ms)},
         )
+        quarantine = model.quarantine_of(servable.id)
+        if quarantine is not None:  # taken out elsewhere while it was loading here
+            self._take_out(model, servable, quarantine)
+            return
         self._listener.publish(model.view())
         self._touch(model.name)
+
+    def _waits(self, model: Model, servable: Servable, reason: str) -> None:
+        servable.reason = reason
+        log.info("servable_waits", servable=str(servable.id), reason=reason)
+        self._listener.changed(model.view())
+
+    def _loads(self, model: Model, servable: Servable) -> None:
+        servable.move(State.LOADING)
+        self._listener.changed(model.view())
 
     def _phase_ended(self, model: Model, servable: Servable, phase: str, took_s: float) -> None:
         servable.phases_ms[phase] = round(took_s * 1000, 3)
@@ -511,23 +554,21 @@ class Manager:
             return None
         return Predecessor(live.version, servable.signature)
 
-    def _reserve(self, servable: Servable, fetched: Fetched) -> None:
-        recipe = servable.recipe
-        memory_mb = required_mb(recipe, fetched.bytes) * recipe.replicas
-        priority = Priority.parse(recipe.priority)
-        try:
-            self._devices.reserve(str(servable.id), recipe.device, memory_mb, priority=priority)
-        except (OutOfQuota, Cordoned, BadDevice) as exc:
-            raise NotAdmitted("memory", str(exc)) from exc
-        servable.memory_mb = memory_mb
-
     def _failed(self, model: Model, servable: Servable, error: Exception) -> None:
+        if not isinstance(error, PaddlewheelError | OSError):
+            log.error("servable_crashed", servable=str(servable.id), exc_info=error)
         reason = str(error) or repr(error)
         servable.move(State.FAILED, reason)
         model.reloads["failed"] += 1
-        may_heal = isinstance(error, WorkerDied | LoadTimedOut | ZygoteFailed | OSError) or (
-            isinstance(error, FetchFailed) and error.retryable
-        )
+        match error:
+            case FetchFailed():
+                may_heal = error.retryable
+            case NotAdmitted():
+                may_heal = error.may_heal
+            case WorkerDied() | LoadTimedOut() | ZygoteFailed() | OSError():
+                may_heal = True
+            case _:
+                may_heal = False
         if may_heal:
             model.attempts[servable.id] = servable.attempts
             delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** (servable.attempts - 1))
@@ -549,6 +590,7 @@ class Manager:
 
     def _remove(self, model: Model, servable: Servable) -> None:
         servable.move(State.GONE)
+        model.suspected -= {servable.id}
         if model.servables.get(servable.id) is servable:
             del model.servables[servable.id]
 
@@ -576,15 +618,11 @@ class Manager:
         async def end() -> None:
             if pool is not None:
                 await pool.close()
-            self._give_back(servable)
+            self._readying.give_back(servable)
             log.info("servable_unloaded", servable=str(servable.id))
             self._touch(model.name)
 
         self._start(servable, end())
-
-    def _give_back(self, servable: Servable) -> None:
-        self._devices.release(str(servable.id))
-        self._repository.release(servable.id.digest)
 
     # --- quarantine ---------------------------------------------------------------------------
 
@@ -603,6 +641,7 @@ class Manager:
     def _take_out(self, model: Model, servable: Servable, quarantine: Quarantine) -> None:
         """Route away at once; then end what failed."""
         before = model.in_force
+        model.suspected -= {servable.id}
         servable.move(State.QUARANTINED, quarantine.reason)
         if servable.pool is not None:
             servable.pool.retire()
@@ -674,7 +713,11 @@ class Manager:
             for servable in model.servables.values():
                 if servable.recipe.device == device:
                     self._desk.forget(model, servable.id)
+                    model.suspected -= {servable.id}
             self._touch(model.name)
+
+    def noted(self, model: Model) -> None:
+        self._touch(model.name)
 
     def troubled(self, model: Model, reason: str | None) -> None:
         if model.trouble != reason:

@@ -66,6 +66,18 @@ class Model:
                 return quarantine
         return None
 
+    def usable_fallback(self, other_than: ServableId) -> ServableId | None:
+        """The last good version, where it is another one and nothing is known against it."""
+        fallback = self.fallback
+        if fallback is None or fallback.version == other_than.version:
+            return None
+        if fallback.version in self.own_quarantines or fallback.version in self.quarantined:
+            return None
+        servable = self.servables.get(fallback)
+        if servable is not None and servable.state in (State.FAILED, State.QUARANTINED):
+            return None
+        return fallback
+
     def control_of(self, id: ServableId) -> ServableId | None:
         """The version on which requests that failed on ``id`` are run again, if one is loaded."""
         in_force = self.in_force
@@ -152,7 +164,8 @@ class ModelView:
     @property
     def can_serve(self) -> bool:
         """Whether a request by default would find a worker."""
-        for servable in self.servables:
-            if servable.id in (self.in_force.live, self.in_force.standby):
-                return servable.pool is not None and servable.pool.can_serve
-        return False
+        return any(
+            servable.pool is not None and servable.pool.can_serve
+            for servable in self.servables
+            if servable.id in (self.in_force.live, self.in_force.standby)
+        )

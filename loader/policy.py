@@ -188,7 +188,7 @@ def _held(world: World) -> InForce:
             revision=max(now.revision, world.fallback_revision),
             live=world.fallback,
             standby=None,
-            canary=canary,
+            canary=canary if canary != world.fallback else None,
             bake_until_s=world.now_s,
         )
     # A suspect is better than nothing.
@@ -204,8 +204,11 @@ def wanted(world: World) -> tuple[ServableId, ...]:
     ids = [aspiration.live]
     if not world.is_bad(aspiration.live):
         ids += [aspiration.canary] if aspiration.canary is not None else []
-    elif not world.is_good(world.in_force.live) and world.fallback is not None:
-        ids.append(world.fallback)
+    if world.fallback is not None and not world.is_good(world.in_force.live):
+        # Kept while it loads, even if the aspired version is being tried again meanwhile.
+        fallback = world.servables.get(world.fallback)
+        if world.is_bad(aspiration.live) or (fallback is not None and fallback.state in UNDERWAY):
+            ids.append(world.fallback)
     return tuple(dict.fromkeys(ids))
 
 

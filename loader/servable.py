@@ -12,7 +12,7 @@ from loader.policy import Snapshot
 from loader.pool import WorkerPool
 from loader.recipe import Recipe
 from registry.inference import Signature
-from registry.names import ServableId
+from registry.names import Digest, ServableId
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +36,12 @@ class Servable:
     task: asyncio.Task[None] | None = None
     """What is making it ready, or ending it."""
     drain_by_s: float = 0.0
+    owner: str | None = None
+    """Under which name it holds memory in the device pool."""
+    leased: Digest | None = None
+    """Whose files it keeps from eviction."""
+    shown_workers: tuple[tuple[int, bool], ...] = ()
+    """Pid and life of each worker as the status last told."""
 
     def move(self, state: State, reason: str | None = None) -> None:
         """Take a legal step. Raises `loader.lifecycle.IllegalTransition`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from loader.blame import SEVERE, Blame, Incident, Verdict, judge
 from loader.counting import FaultCounter, Seen, Tripped
 from loader.faults import Fault
-from registry.names import ServableId
+from registry.names import ServableId, Version
 
 RECORD_MAX = 256
 
@@ -87,7 +87,7 @@ class Triage:
         self._record.append(
             Incident(
                 now_s,
-                id.version,
+                _label(id),
                 fault.code,
                 fault.fault_class,
                 input_digest,
@@ -111,8 +111,8 @@ class Triage:
         recent = [incident for incident in self._record if incident.at_s >= oldest_s]
         return judge(
             recent,
-            live=id.version,
-            standby=control.version if control is not None else None,
+            live=_label(id),
+            standby=_label(control) if control is not None else None,
             answered=answers_of_all,
         )
 
@@ -128,12 +128,17 @@ class Triage:
 
     def forget(self, ids: Iterable[ServableId]) -> None:
         """A new start for these: released, reloaded or gone."""
-        gone = {id.version for id in ids}
-        for id in list(self._counters):
-            if id.version in gone:
-                del self._counters[id]
-                self._answered.pop(id, None)
+        gone = set(ids)
+        for id in gone:
+            self._counters.pop(id, None)
+            self._answered.pop(id, None)
+        labels = {_label(id) for id in gone}
         self._record = deque(
-            (incident for incident in self._record if incident.version not in gone),
+            (incident for incident in self._record if incident.version not in labels),
             maxlen=RECORD_MAX,
         )
+
+
+def _label(id: ServableId) -> Version:
+    """Tells servables of one version text apart: other bytes, or loaded in another way."""
+    return Version(f"{id.version}@{id.digest[7:15]}.{id.recipe[:4]}")
