@@ -137,7 +137,7 @@ class Manager:
         for servable in [s for s in model.servables.values() if s.state is State.FAILED]:
             self._remove(model, servable)
         model.trouble = None
-        self._listener.publish(model.view())
+        self._publish(model)
         self._touch(model.name)
 
     def _keep_loading(self, model: Model, orders: Mapping[ServableId, Order]) -> None:
@@ -241,6 +241,10 @@ class Manager:
     def _model(self, name: ModelName) -> Model:
         return self._models.setdefault(name, Model(name))
 
+    def _publish(self, model: Model) -> None:
+        if self._models.get(model.name) is model:  # else it is gone from this node
+            self._listener.publish(model.view())
+
     def _touch(self, name: ModelName) -> None:
         if name in self._models:
             self._dirty.add(name)
@@ -334,7 +338,7 @@ class Manager:
         if model.in_force.revision == model.aspired_revision and model.document != model.aspired:
             # The same revision with other words: a store restored from a backup.
             self._take_up(model)
-            self._listener.publish(model.view())
+            self._publish(model)
         self._report_bake(model)
         self._listener.changed(model.view())
 
@@ -367,7 +371,7 @@ class Manager:
                 role = policy.role(servable.id, to)
                 if role is not servable.state:
                     servable.move(role)
-        self._listener.publish(model.view())
+        self._publish(model)
         model.swaps += 1
         model.swap_s = time.perf_counter() - started_s
         facts = {
@@ -398,7 +402,7 @@ class Manager:
     def _report_bake(self, model: Model) -> None:
         """What serves after its bake, or after a rollback to it, is the last good version."""
         in_force = model.in_force
-        if in_force.live is None or model.aspiration is None:
+        if in_force.live is None or model.aspiration is None or model.trouble is not None:
             return
         if in_force.bake_until_s > asyncio.get_running_loop().time():
             return
@@ -528,7 +532,7 @@ class Manager:
         if quarantine is not None:  # taken out elsewhere while it was loading here
             self._take_out(model, servable, quarantine)
             return
-        self._listener.publish(model.view())
+        self._publish(model)
         self._touch(model.name)
 
     def _waits(self, model: Model, servable: Servable, reason: str) -> None:
@@ -577,7 +581,7 @@ class Manager:
         self._listener.happened(
             EventType.SERVABLE_FAILED, f"{model.name}/{servable.id.version}", {"reason": reason}
         )
-        self._listener.publish(model.view())
+        self._publish(model)
         self._touch(model.name)
 
     # --- ending -------------------------------------------------------------------------------
@@ -599,7 +603,7 @@ class Manager:
         drain_s = document.spec.limits.drain_s if document is not None else Limits().drain_s
         servable.drain_by_s = asyncio.get_running_loop().time() + drain_s
         servable.move(State.DRAINING)
-        self._listener.publish(model.view())
+        self._publish(model)
         assert servable.pool is not None
         servable.pool.on_idle(partial(self._touch, model.name))
         log.info("servable_draining", servable=str(servable.id))
@@ -655,7 +659,7 @@ class Manager:
                 f"{model.name}/{servable.id.version}",
                 {"to": to and to.version, "code": quarantine.code, "reason": quarantine.reason},
             )
-        self._listener.publish(model.view())
+        self._publish(model)
 
     # --- what the fault desk has done (loader.fault_desk.Deeds) ---------------------------------
 
