@@ -26,9 +26,11 @@ from loader.guards import Objectives, OutputGuard, all_finite
 from loader.model import Model
 from loader.oversight import FaultReport, Feeds, Finding, Oversight
 from loader.poison import PoisonSet, input_digest
+from loader.pool import WorkerPool
 from loader.servable import Servable
 from loader.triage import Limits, Triage
-from registry.inference import DeadlineExceeded, Inference, InferenceError, Overloaded, Poisonous
+from loader.warmup import warmup_feeds
+from registry.inference import DeadlineExceeded, Inference, InferenceError, Overloaded
 from registry.names import ModelName, ServableId
 from registry.records import rfc3339_ms
 from registry.spec import Rollback
@@ -194,7 +196,7 @@ class FaultDesk:
         self._deeds.noted(model)
         verdict = ruling.verdict
         if verdict is not None and verdict.blame is Blame.INPUT:
-            self._refuse(model, case, verdict)
+            self._refuse(model, case, verdict.reason, *verdict.inputs)
             return digest in verdict.inputs
         if ruling.tripped is not None:
             self._tripped(model, servable, report, ruling.tripped, verdict)
@@ -267,11 +269,17 @@ class FaultDesk:
                 if self._settle(model, servable, tripped, verdict):
                     return
             # No traffic to tell by: make the experiment ourselves.
-            if await self._control_answers(model, id, report.feeds):
-                self._deeds.quarantine(model, servable, tripped.fault, str(tripped))
-            else:
-                self._cordon(servable.recipe.device, tripped.fault.code, str(tripped))
-                self._deeds.acquit(model, id)
+            blame = await self._experiment(model, id, report.feeds)
+            if not servable.is_loaded:
+                return
+            match blame:
+                case Blame.VERSION:
+                    self._deeds.quarantine(model, servable, tripped.fault, str(tripped))
+                case Blame.INPUT if report.feeds is not None:
+                    self._refuse(model, case, str(tripped), input_digest(report.feeds))
+                case _:
+                    self._cordon(servable.recipe.device, tripped.fault.code, str(tripped))
+            self._deeds.acquit(model, id)
         finally:
             case.open.discard(id)
 
@@ -287,36 +295,32 @@ class FaultDesk:
                 self._cordon(servable.recipe.device, verdict.code, verdict.reason)
                 self._deeds.acquit(model, id)
             case Blame.INPUT:
-                self._refuse(model, case, verdict)
+                self._refuse(model, case, verdict.reason, *verdict.inputs)
                 self._deeds.acquit(model, id)
             case Blame.UNDECIDED:
                 return False
         return True
 
-    async def _control_answers(self, model: Model, id: ServableId, feeds: Feeds | None) -> bool:
+    async def _experiment(self, model: Model, id: ServableId, feeds: Feeds | None) -> Blame:
+        """Run what failed on the control, and the warm-up input where it fails there too."""
         control = model.control_of(id)
-        pool = model.servables[control].pool if control is not None else None
-        if pool is None:
-            return False
-        if feeds is None:
-            return pool.can_serve
-        deadline_s = asyncio.get_running_loop().time() + CONTROL_S
-        try:
-            await pool.infer(feeds, deadline_s=deadline_s)
-        except (Overloaded, DeadlineExceeded):
-            return pool.can_serve  # busy answering others
-        except InferenceError as exc:
-            log.info("control_failed", servable=str(control), error=str(exc))
-            return isinstance(exc, Poisonous)
-        return True
+        servable = model.servables[control] if control is not None else None
+        if servable is None or servable.pool is None:
+            return Blame.DEVICE
+        if feeds is not None and await _answers(servable.pool, feeds):
+            return Blame.VERSION
+        warmup = warmup_feeds(servable.pool.signature, servable.recipe)[0]
+        if not await _answers(servable.pool, warmup):
+            return Blame.DEVICE
+        return Blame.INPUT if feeds is not None else Blame.VERSION
 
-    def _refuse(self, model: Model, case: _Case, verdict: Verdict) -> None:
+    def _refuse(self, model: Model, case: _Case, reason: str, *digests: str) -> None:
         document = model.document or model.aspired
         for_s = document.spec.limits.poison_s if document is not None else 600.0
         now_s = asyncio.get_running_loop().time()
-        for digest in verdict.inputs:
+        for digest in digests:
             case.poison.refuse(digest, now_s=now_s, for_s=for_s)
-        log.warning("input_refused", model=model.name, reason=verdict.reason, for_s=for_s)
+        log.warning("input_refused", model=model.name, reason=reason, for_s=for_s)
 
     def _cordon(self, device: str, code: str, reason: str) -> None:
         self._deeds.cordon(device, Cordon(code, reason, rfc3339_ms(datetime.now(UTC))))
@@ -328,6 +332,18 @@ class FaultDesk:
             rollback = document.spec.rollback if document is not None else Rollback()
             case = self._cases[model.name] = _Case(Triage(_limits_of(rollback)))
         return case
+
+
+async def _answers(pool: WorkerPool, feeds: Feeds) -> bool:
+    deadline_s = asyncio.get_running_loop().time() + CONTROL_S
+    try:
+        await pool.infer(feeds, deadline_s=deadline_s)
+    except (Overloaded, DeadlineExceeded):
+        return pool.can_serve  # busy answering others
+    except InferenceError as exc:
+        log.info("control_failed", servable=str(pool.id), error=str(exc))
+        return False
+    return True
 
 
 def _limits_of(rollback: Rollback) -> Limits:

@@ -148,6 +148,7 @@ class Manager:
         kept = {model.fallback, *model.servables}
         model.orders = {id: order for id, order in model.orders.items() if id in kept}
         model.fetched = {id: fetched for id, fetched in model.fetched.items() if id in kept}
+        model.fetch_ms = {id: ms for id, ms in model.fetch_ms.items() if id in kept}
         for pending, order in orders.items():
             under_way = [
                 s.id for s in model.servables.values()
@@ -217,7 +218,7 @@ class Manager:
         while True:
             self.last_turn_s = loop.time()
             for name in sorted(self._dirty):
-                self._reconcile(name)
+                self._reconcile_contained(name)
             wake_s = self._next_wake_s()
             timeout_s = IDLE_TURN_S
             if wake_s is not None:
@@ -240,6 +241,17 @@ class Manager:
 
     def _model(self, name: ModelName) -> Model:
         return self._models.setdefault(name, Model(name))
+
+    def _reconcile_contained(self, name: ModelName) -> None:
+        """A bug met in one model must not take the others, or the node, with it."""
+        try:
+            self._reconcile(name)
+        except Exception as exc:
+            log.exception("reconcile_failed", model=name)
+            self._dirty.discard(name)
+            if (model := self._models.get(name)) is not None:
+                model.trouble = f"internal error: {exc!r}"
+                asyncio.get_running_loop().call_later(RETRY_FIRST_S, self._touch, name)
 
     def _publish(self, model: Model) -> None:
         if self._models.get(model.name) is model:  # else it is gone from this node
@@ -305,8 +317,11 @@ class Manager:
             return False
         for id in (aspiration.live, aspiration.canary):
             fetched = model.fetched.get(id) if id is not None else None
-            if id is None or id in model.servables or fetched is None:
+            if id is None or fetched is None:
                 continue
+            wanted = model.servables.get(id)
+            if wanted is not None and (wanted.state is not State.FETCHING or wanted.memory_mb):
+                continue  # it has its memory, or failed for want of something else
             recipe = model.orders[id].recipe
             leaving = [s for s in (standby, *going) if s and s.recipe.device == recipe.device]
             with contextlib.suppress(BadDevice):
@@ -538,7 +553,7 @@ class Manager:
     def _waits(self, model: Model, servable: Servable, reason: str) -> None:
         servable.reason = reason
         log.info("servable_waits", servable=str(servable.id), reason=reason)
-        self._listener.changed(model.view())
+        self._touch(model.name)
 
     def _loads(self, model: Model, servable: Servable) -> None:
         servable.move(State.LOADING)
@@ -676,7 +691,8 @@ class Manager:
 
     def quarantine(self, model: Model, servable: Servable, fault: Fault, reason: str) -> None:
         id = servable.id
-        model.suspected -= {id}
+        if not servable.is_loaded:
+            return
         quarantine = Quarantine(
             reason=reason,
             code=fault.code,

@@ -181,7 +181,7 @@ class Node:
     def withdraw(self, model: ModelName) -> None:
         self._app.publish(self._routes.remove(model))
         self._applied.forget(model)
-        self._session.remove(self._keys.status(model, self._settings.id))
+        self._report(model)  # of a refused document there is still something to say
         self._announce()
 
     def changed(self, view: ModelView) -> None:
