@@ -170,6 +170,14 @@ class DevicePool:
         self._waiting: dict[str, _Waiter] = {}
         self._waiting_max = waiting_max
         self._arrivals = itertools.count()
+        self._on_freed: list[Callable[[], None]] = []
+
+    def on_freed(self, callback: Callable[[], None]) -> None:
+        """Call whenever memory was given back or a cordon lifted, after those in line had theirs.
+
+        It must not reserve or release.
+        """
+        self._on_freed.append(callback)
 
     # --- reserve and release ----------------------------------------------------------------
 
@@ -199,6 +207,7 @@ class DevicePool:
         self._hold(wish, on, before_mb)
         if not grows:
             self._serve(on)
+            self._tell_freed()
         return wish
 
     def release(self, owner: str) -> bool:
@@ -213,7 +222,10 @@ class DevicePool:
             on = self._devices[held.device]
             on.reserved_mb -= held.memory_mb
             self._serve(on)
-        return waiter is not None or held is not None
+        if waiter is None and held is None:
+            return False
+        self._tell_freed()
+        return True
 
     def enqueue(
         self,
@@ -280,6 +292,7 @@ class DevicePool:
             return False
         on.cordon = None
         self._serve(on)
+        self._tell_freed()
         return True
 
     def cordoned(self, device: str) -> Cordon | None:
@@ -293,6 +306,11 @@ class DevicePool:
     def waiting(self, device: str) -> tuple[str, ...]:
         """Owners in line, the next one first."""
         return tuple(waiter.reservation.owner for waiter in self._known(device).waiting)
+
+    def waiting_priority(self, device: str) -> Priority | None:
+        """Of the first in line; ``None`` when nobody waits."""
+        waiting = self._known(device).waiting
+        return Priority(-waiting[0].order[0]) if waiting else None
 
     def free_mb(self, device: str) -> int:
         on = self._known(device)
@@ -334,6 +352,10 @@ class DevicePool:
             wish.device, wanted_mb=wish.memory_mb, reserved_mb=on.reserved_mb - own_mb,
             quota_mb=on.quota_mb, waiting=len(on.waiting),
         )  # fmt: skip
+
+    def _tell_freed(self) -> None:
+        for callback in self._on_freed:
+            callback()
 
     def _serve(self, on: _Device, quietly: str = "") -> None:
         """Grant from the head of the line as long as it fits."""

@@ -158,6 +158,28 @@ class Catalog:
         fold.relist(listing, keys.root if prefix is None else prefix)
         return fold.result()
 
+    def reconsider(
+        self, model: ModelName, raw: bytes, *, accept: Accept
+    ) -> tuple[Catalog, tuple[Change, ...]]:
+        """Take the document last seen of ``model``, refused then, if nothing is against it now.
+
+        raw: its text. Nothing changes when it is another one, was accepted, or is refused again.
+        """
+        known = self.models.get(model)
+        if known is None or known.is_accepted or known.sha256 != _sha256(raw):
+            return self, ()
+        try:
+            document = parse_model(raw, name=model)
+        except ConfigError:
+            return self, ()
+        if accept(document):
+            return self, ()
+        text = raw.decode("utf-8")
+        accepted = Accepted(known.revision, document, text)
+        models = {**self.models, model: replace(known, errors=(), accepted=accepted)}
+        change = DocumentAccepted(model, known.revision, document, text)
+        return replace(self, models=models), (change,)
+
     @classmethod
     def restore(
         cls, snapshot: Snapshot, keys: Keys, *, accept: Accept = _nothing
@@ -267,7 +289,7 @@ class _Fold:
                 pass
 
     def document(self, key: str, model: ModelName, revision: Revision, raw: bytes) -> None:
-        sha256 = hashlib.sha256(raw).hexdigest()
+        sha256 = _sha256(raw)
         before = self._models.get(model)
         self._applied[key] = revision
         if before is not None and (before.revision, before.sha256) == (revision, sha256):
@@ -313,6 +335,10 @@ class _Fold:
         except BadRecord as exc:
             self._changes.append(RecordIgnored(kv.key, str(exc)))
             return Quarantine(reason="a record that can't be read", code="UNKNOWN", at=LONG_AGO)
+
+
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
 
 
 def _with_lines(raw: bytes, errors: tuple[FieldError, ...]) -> tuple[FieldError, ...]:

@@ -23,7 +23,8 @@ from router.serving import Serving
 from router.table import CANARY, PINNED, STABLE, STANDBY, Choice, Route
 
 RETRY_AFTER_S = 1.0
-TRIES_MAX = 4
+TRIES_MAX = 12
+"""Each time handed back unrun takes the end of a worker that others sent it: it ends by itself."""
 
 
 @dataclass(frozen=True, slots=True)
