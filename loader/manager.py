@@ -129,6 +129,7 @@ class Manager:
         if revision == model.aspired_revision and document == model.aspired:
             return
         model.aspired, model.aspired_revision = document, revision
+        model.is_deleted = False
         model.aspiration, orders = aspire(document, revision)
         self._keep_loading(model, orders)
         # A new document is a new chance for all that failed.
@@ -163,7 +164,7 @@ class Manager:
         """The document was deleted: drain, unload, then know it no more."""
         if (model := self._models.get(name)) is not None:
             model.aspired = model.aspired_revision = model.aspiration = None
-            model.fallback = None
+            model.fallback, model.is_deleted = None, True
             self._touch(name)
 
     def set_quarantined(self, name: ModelName, quarantined: Mapping[Version, Quarantine]) -> None:
@@ -189,6 +190,8 @@ class Manager:
     def set_fallback(self, document: ModelDocument, version: Version, revision: Revision) -> None:
         """The last good version, to be loaded when the aspired one can't serve and nothing does."""
         model = self._model(document.name)
+        if model.is_deleted:
+            return
         with contextlib.suppress(KeyError):
             order = order_for(document, version)
             id = fallback_id(order.recipe, revision)

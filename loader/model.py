@@ -25,6 +25,8 @@ class Model:
     aspired: ModelDocument | None = None
     """The last document accepted; ``None`` once it is deleted."""
     aspired_revision: Revision | None = None
+    is_deleted: bool = False
+    """Its document was taken away: what there was to fall back to is of no more use."""
     aspiration: Aspiration | None = None
     document: ModelDocument | None = None
     """The document in force."""
