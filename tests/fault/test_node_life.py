@@ -30,6 +30,8 @@ from tests.processes import holders, memfds
 from tests.served import KEYS, Models, SlowRequests, traffic
 
 DRAIN_S = 20
+CLOSING_S = 8
+"""After a drain that ran out: a run under way has 5 s before its worker is killed."""
 RESNET = ModelName("resnet")
 SLOW_ROWS = 4096
 PATIENT = {"limits": {"timeout_s": 15, "hang_s": 10, "queue": 4000}}
@@ -187,13 +189,13 @@ async def test_the_drain_has_an_end(
     """Requests that would take longer are cut off, and the node still ends well."""
     async with node(cluster.endpoints, tmp_path, "--drain", "1") as started:
         await until_applied(store, await slow.put(store, "3"), model=slow.name)
-        requests = SlowRequests(started.http, slow, 12, rows=SLOW_ROWS)
+        requests = SlowRequests(started.http, slow, 6, rows=4 * SLOW_ROWS)
         await requests.__aenter__()
         kin = started.kin()
         started.signal(signal.SIGTERM)
         sent_s = _now_s()
         assert await started.wait(10) == 0
-        assert _now_s() - sent_s < 1 + 4
+        assert _now_s() - sent_s < 1 + CLOSING_S
         with pytest.raises(aiohttp.ClientError):
             await requests.__aexit__(None)
         await _until(lambda: not any(each.is_alive for each in kin), within_s=1)
