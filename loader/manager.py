@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import structlog
 
 from loader import policy
-from loader.devices import BadDevice, Cordon, DevicePool
+from loader.devices import BadDevice, Cordon, DevicePool, Priority
 from loader.drills import DrillBox
 from loader.errors import FetchFailed, LoadTimedOut, NotAdmitted, WorkerDied
 from loader.fault_desk import FaultDesk
@@ -312,9 +312,14 @@ class Manager:
         )
 
     def _is_tight(self, model: Model) -> bool:
-        """Whether what is wanted next fits only once this model's standby has gone."""
+        """Whether what is wanted next fits only once this model's standby has gone.
+
+        Wanted by this model, or by one of a higher priority that stands in line.
+        """
         aspiration, standby_id = model.aspiration, model.in_force.standby
         standby = model.servables.get(standby_id) if standby_id is not None else None
+        if standby is not None and self._is_outranked(standby):
+            return True
         going = [s for s in model.servables.values() if s.state is State.DRAINING]
         if aspiration is None or (standby is None and not going):
             return False
@@ -332,6 +337,12 @@ class Manager:
                 freed_mb = free_mb + sum(servable.memory_mb for servable in leaving)
                 if free_mb < total_mb(recipe, fetched) <= freed_mb:
                     return True
+        return False
+
+    def _is_outranked(self, standby: Servable) -> bool:
+        with contextlib.suppress(BadDevice):
+            first = self._devices.waiting_priority(standby.recipe.device)
+            return first is not None and first > Priority.parse(standby.recipe.priority)
         return False
 
     def _reconcile(self, name: ModelName) -> None:
@@ -556,7 +567,8 @@ class Manager:
     def _waits(self, model: Model, servable: Servable, reason: str) -> None:
         servable.reason = reason
         log.info("servable_waits", servable=str(servable.id), reason=reason)
-        self._touch(model.name)
+        for name in self._models:  # standbys of a lower priority yield
+            self._touch(name)
 
     def _loads(self, model: Model, servable: Servable) -> None:
         servable.move(State.LOADING)
