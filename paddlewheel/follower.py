@@ -8,7 +8,7 @@ that a node starts from it while etcd is away.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,10 +19,9 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from loader.manager import Manager
 from paddlewheel.admission import DocumentAdmission, local_sizes
+from paddlewheel.history import History, is_passing
 from paddlewheel.report import Seen
-from registry.cas import create_if_absent
 from registry.catalog import (
-    Accepted,
     Catalog,
     Change,
     DocumentAccepted,
@@ -33,14 +32,16 @@ from registry.catalog import (
     RecordIgnored,
 )
 from registry.errors import PaddlewheelError
-from registry.keys import HistoryKey, Keys, ModelKey
+from registry.keys import Keys
 from registry.names import ModelName, Revision, Version
-from registry.records import BadRecord, HistoryEntry
+from registry.records import Good
 from registry.snapshot import load, save
-from registry.spec import ConfigError, FieldError, ModelDocument, parse_model
-from registry.store import Batch, KeyValue, Listing, PermissionDenied, Put, Store, StoreError
+from registry.spec import FieldError, ModelDocument
+from registry.store import Batch, Listing, Put, Store, StoreError
 
 log = structlog.get_logger(__name__)
+
+REFUSED_RETRY_S = 5.0
 
 Fold = Callable[[Catalog], tuple[Catalog, tuple[Change, ...]]]
 
@@ -69,10 +70,14 @@ class Follower:
         self._catalog = Catalog()
         self._folding = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="documents")
-        self._history: asyncio.Queue[tuple[ModelName, Revision, HistoryEntry]] = asyncio.Queue()
+        self._history = History(store, keys)
+        self._unsure: asyncio.Queue[ModelName] = asyncio.Queue()
+        """Models of which history may know more."""
         self._unsaved = asyncio.Event()
         self.seen: dict[ModelName, Seen] = {}
         """The last document seen of each model that is placed here."""
+        self._refused: dict[ModelName, bytes] = {}
+        """Texts of the documents last seen and refused."""
         self.knows_configs = False
         """Whether the documents are known: from etcd, or from the snapshot."""
         self.last_event_at: datetime | None = None
@@ -83,12 +88,15 @@ class Follower:
         snapshot = await loop.run_in_executor(self._thread, load, self._snapshot_path)
         if snapshot is None:
             return
+        if snapshot.prefix != self._keys.prefix:
+            log.warning("snapshot_ignored", reason=f"made under the prefix {snapshot.prefix!r}")
+            return
         await self._fold(lambda _: Catalog.restore(snapshot, self._keys, accept=self._accept(loop)))
         self.knows_configs = True
         log.info("snapshot_restored", models=len(self.seen), path=str(self._snapshot_path))
 
     async def run(self) -> None:
-        """Follow until cancelled; only a refusal of our credentials ends it."""
+        """Follow until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for prefix in (
                 self._keys.quarantines_prefix,
@@ -96,26 +104,45 @@ class Follower:
                 self._keys.models_prefix,
             ):
                 tasks.create_task(self._follow(prefix), name=f"follow {prefix}")
-            tasks.create_task(self._write_history(), name="history")
+            tasks.create_task(self._history.run(), name="history")
+            tasks.create_task(self._look_back(), name="look back")
             tasks.create_task(self._save_snapshots(), name="snapshots")
+            tasks.create_task(self._take_what_fits(), name="room")
 
     # --- from the store to the catalog --------------------------------------------------------
 
     async def _follow(self, prefix: str) -> None:
+        """A store that turns us away is waited for: what serves goes on (a password may be in the
+        middle of its rotation), and the log says why nothing new is heard."""
+        while True:
+            try:
+                await self._follow_listing(prefix)
+            except StoreError as exc:
+                log.error("store_refuses", prefix=prefix, error=str(exc))
+                await asyncio.sleep(REFUSED_RETRY_S)
+
+    async def _follow_listing(self, prefix: str) -> None:
+        """List, then watch. Returns when the store went back in time (restored from a backup):
+        only a listing says what is true then."""
         loop = asyncio.get_running_loop()
         accept = self._accept(loop)
         listing = await self._list(prefix)
-        self._record(listing.kvs)
+        self._history.record(listing.kvs)
         await self._fold(lambda was: was.relist(listing, self._keys, prefix, accept=accept))
         if prefix == self._keys.models_prefix:
             self.knows_configs = True
+        revision = listing.revision
         async for batch in self._store.watch_prefix(prefix, known=listing):
-            self._record([event.kv for event in batch.events if isinstance(event, Put)])
+            if batch.revision < revision:
+                log.warning("store_rewound", prefix=prefix, was=revision, now=batch.revision)
+                return
+            revision = batch.revision
+            self._history.record([event.kv for event in batch.events if isinstance(event, Put)])
             await self._fold(_apply(batch, self._keys, accept))
 
     async def _list(self, prefix: str) -> Listing:
         retrying = AsyncRetrying(
-            retry=retry_if_exception(_is_passing),
+            retry=retry_if_exception(is_passing),
             wait=wait_random_exponential(multiplier=0.1, max=1.0),
         )
         async for attempt in retrying:
@@ -139,54 +166,74 @@ class Follower:
         def accept(document: ModelDocument) -> tuple[FieldError, ...]:
             if not self._is_placed_here(document):
                 return ()
-            sizes = local_sizes(document)
-            return asyncio.run_coroutine_threadsafe(check(document, sizes), loop).result()
+            try:
+                sizes = local_sizes(document)
+                return asyncio.run_coroutine_threadsafe(check(document, sizes), loop).result()
+            except Exception as exc:  # a bug, met by one document: it must not stop them all
+                log.exception("document_not_judged", model=document.name)
+                return (FieldError("", None, f"this node can't judge it: {exc!r}"),)
 
         return accept
 
-    async def _fold(self, fold: Fold) -> None:
+    async def _take_what_fits(self) -> None:
+        """Accept, without a new revision, what was refused for want of memory that is free now."""
+        accept = self._accept(asyncio.get_running_loop())
+        while True:
+            await self._admission.room.wait()
+            self._admission.room.clear()
+            while (model := self._admission.now_fitting()) is not None:
+                changes = await self._fold(_reconsider(model, self._refused.get(model), accept))
+                if not changes and self._admission.now_fitting() == model:
+                    self._admission.withdraw(model)  # superseded by one that is refused otherwise
+
+    async def _fold(self, fold: Fold) -> tuple[Change, ...]:
         """Take the catalog one step further, off the loop, and hand the changes on."""
         loop = asyncio.get_running_loop()
         async with self._folding:
             catalog, changes = await loop.run_in_executor(self._thread, fold, self._catalog)
             self._catalog = catalog
             self.last_event_at = datetime.now(UTC)
-            self._hand_on(changes)
+            for change in changes:
+                try:
+                    self._hand_on(change)
+                except Exception:  # a bug, but one model's: the others go on
+                    log.exception("change_not_handed_on", change=type(change).__name__)
         if changes:
             self._unsaved.set()
-        for change in changes:
-            await self._look_back(change)
+        return changes
 
     # --- from the catalog to the manager ------------------------------------------------------
 
-    def _hand_on(self, changes: Iterable[Change]) -> None:
-        for change in changes:
-            match change:
-                case DocumentAccepted(model, revision, document):
-                    self._accepted(model, revision, document)
-                case DocumentRefused(model, revision, errors):
-                    self.seen[model] = Seen(revision, errors)
-                    log.warning(
-                        "document_refused", model=model, revision=revision,
-                        errors=[f"{error.path}: {error.message}" for error in errors[:3]],
-                    )  # fmt: skip
-                    self._on_seen(model)
-                case DocumentDeleted(model, revision):
-                    log.info("document_deleted", model=model, revision=revision)
-                    self._leave(model)
-                case QuarantineChanged(model, version, quarantine):
-                    log.info(
-                        "quarantine_changed", model=model, version=version,
-                        reason=quarantine and quarantine.reason,
-                    )  # fmt: skip
-                    self._manager.set_quarantined(
-                        model,
-                        {v: q for (m, v), q in self._catalog.quarantines.items() if m == model},
-                    )
-                case LastGoodChanged():
-                    pass
-                case RecordIgnored(key, reason):
-                    log.warning("record_ignored", key=key, reason=reason)
+    def _hand_on(self, change: Change) -> None:
+        match change:
+            case DocumentAccepted(model, revision, document):
+                self._accepted(model, revision, document)
+                self._fall_back(model)
+            case DocumentRefused(model, revision, errors, text):
+                self.seen[model] = Seen(revision, errors)
+                self._refused[model] = text
+                log.warning(
+                    "document_refused", model=model, revision=revision,
+                    errors=[f"{error.path}: {error.message}" for error in errors[:3]],
+                )  # fmt: skip
+                self._on_seen(model)
+                if self._catalog.models[model].accepted is None:
+                    self._unsure.put_nowait(model)
+            case DocumentDeleted(model, revision):
+                log.info("document_deleted", model=model, revision=revision)
+                self._leave(model)
+            case QuarantineChanged(model, version, quarantine):
+                log.info(
+                    "quarantine_changed", model=model, version=version,
+                    reason=quarantine and quarantine.reason,
+                )  # fmt: skip
+                self._manager.set_quarantined(
+                    model, {v: q for (m, v), q in self._catalog.quarantines.items() if m == model}
+                )
+            case LastGoodChanged(model):
+                self._fall_back(model)
+            case RecordIgnored(key, reason):
+                log.warning("record_ignored", key=key, reason=reason)
 
     def _accepted(self, model: ModelName, revision: Revision, document: ModelDocument) -> None:
         if not self._is_placed_here(document):
@@ -194,13 +241,16 @@ class Follower:
             self._leave(model)
             return
         self.seen[model] = Seen(revision)
+        self._refused.pop(model, None)
         log.info("document_accepted", model=model, revision=revision)
         self._manager.aspire(document, revision)
         self._on_seen(model)
 
     def _leave(self, model: ModelName) -> None:
         self.seen.pop(model, None)
+        self._refused.pop(model, None)
         self._manager.forget_model(model)
+        self._admission.forget(model)
         self._on_seen(model)
 
     def _is_placed_here(self, document: ModelDocument) -> bool:
@@ -208,78 +258,72 @@ class Follower:
 
     # --- what only older documents know -------------------------------------------------------
 
-    async def _look_back(self, change: Change) -> None:
-        """Find in history what the present documents don't say. Quiet where etcd is away."""
-        try:
-            match change:
-                case DocumentAccepted(model) | LastGoodChanged(model):
-                    await self._find_last_good(model)
-                case DocumentRefused(model, revision):
-                    await self._find_last_accepted(model, revision)
-                case _:
-                    pass
-        except StoreError as exc:
-            log.info("history_not_read", error=str(exc))
-
-    async def _find_last_good(self, model: ModelName) -> None:
-        known, last = self._catalog.models.get(model), self._catalog.lastgoods.get(model)
-        if last is None or known is None or known.accepted is None:
+    def _fall_back(self, model: ModelName) -> None:
+        """Tell the manager the last good version, where the document in force still lists it."""
+        known, good = self._catalog.models.get(model), self._good(model)
+        if good is None or known is None or known.accepted is None:
             return
         document = known.accepted.document
-        good = last.other_than(document.spec.live)
-        if good is None:
-            return
-        if not _lists(document, good.version):
-            kv = await self._store.get(self._keys.history(model, good.revision))
-            accepted = _accepted_from(kv, model) if kv is not None else None
-            if accepted is None or not _lists(accepted.document, good.version):
-                return
-            document = accepted.document
-        self._manager.set_fallback(document, good.version, good.revision)
+        if _lists(document, good.version):
+            self._manager.set_fallback(document, good.version, good.revision)
+        else:
+            self._unsure.put_nowait(model)
 
-    async def _find_last_accepted(self, model: ModelName, refused: Revision) -> None:
-        """A node that starts with a broken document serves the one before it, as the others do."""
-        known = self._catalog.models.get(model)
-        if known is None or known.accepted is not None:
-            return
-        listing = await self._store.list_prefix(self._keys.history_prefix(model))
-        for kv in reversed(listing.kvs):
-            key = self._keys.parse(kv.key)
-            if not isinstance(key, HistoryKey) or key.revision >= refused:
-                continue
-            loop = asyncio.get_running_loop()
-            accepted = await loop.run_in_executor(self._thread, _accepted_from, kv, model)
-            if accepted is None or self._catalog.models.get(model) is not known:
-                continue
-            models = {**self._catalog.models, model: replace(known, accepted=accepted)}
-            self._catalog = replace(self._catalog, models=models)
-            self._unsaved.set()
-            log.info("document_from_history", model=model, revision=accepted.revision)
-            self._manager.aspire(accepted.document, accepted.revision)
-            return
+    def _good(self, model: ModelName) -> Good | None:
+        """The last good version that is another one than the document's live version."""
+        known, last = self._catalog.models.get(model), self._catalog.lastgoods.get(model)
+        if last is None or known is None or known.accepted is None:
+            return None
+        if not self._is_placed_here(known.accepted.document):
+            return None
+        return last.other_than(known.accepted.document.spec.live)
 
-    # --- history, snapshot --------------------------------------------------------------------
-
-    def _record(self, kvs: Iterable[KeyValue]) -> None:
-        seen_at = datetime.now(UTC)
-        for kv in kvs:
-            key = self._keys.parse(kv.key)
-            if isinstance(key, ModelKey):
-                entry = HistoryEntry.of(kv.mod_revision, kv.value, seen_at)
-                self._history.put_nowait((key.model, kv.mod_revision, entry))
-
-    async def _write_history(self) -> None:
+    async def _look_back(self) -> None:
+        """Find in history what the present documents don't say; apart, since etcd may be away."""
         retrying = AsyncRetrying(
-            retry=retry_if_exception(_is_passing),
+            retry=retry_if_exception(is_passing),
             wait=wait_random_exponential(multiplier=0.2, max=5.0),
         )
         while True:
-            model, revision, entry = await self._history.get()
-            key, value = self._keys.history(model, revision), entry.to_json()
+            model = await self._unsure.get()
             try:
-                await retrying(create_if_absent, self._store, key, value)
-            except PaddlewheelError as exc:
-                log.warning("history_not_written", key=key, error=str(exc))
+                await retrying(self._find_last_good, model)
+                await retrying(self._find_last_accepted, model)
+            except StoreError as exc:
+                log.warning("history_not_read", model=model, error=str(exc))
+
+    async def _find_last_good(self, model: ModelName) -> None:
+        good = self._good(model)
+        if good is None:
+            return
+        then = await self._history.at(model, good.revision)
+        if then is not None and _lists(then.document, good.version) and self._good(model) == good:
+            self._manager.set_fallback(then.document, good.version, good.revision)
+
+    async def _find_last_accepted(self, model: ModelName) -> None:
+        """A node that starts with a broken document serves the one before it, as the others do."""
+        loop = asyncio.get_running_loop()
+        accept = self._accept(loop)
+        known = self._catalog.models.get(model)
+        if known is None or known.accepted is not None:
+            return
+        async for then in self._history.before(model, known.revision):
+            if not self._is_placed_here(then.document):
+                return  # the others serve it
+            if await loop.run_in_executor(self._thread, accept, then.document):
+                continue  # this node would have refused it
+            async with self._folding:
+                if self._catalog.models.get(model) is not known:
+                    return
+                models = {**self._catalog.models, model: replace(known, accepted=then)}
+                self._catalog = replace(self._catalog, models=models)
+                log.info("document_from_history", model=model, revision=then.revision)
+                self._manager.aspire(then.document, then.revision)
+                self._fall_back(model)
+            self._unsaved.set()
+            return
+
+    # --- the snapshot -------------------------------------------------------------------------
 
     async def _save_snapshots(self) -> None:
         loop = asyncio.get_running_loop()
@@ -293,25 +337,19 @@ class Follower:
                 log.warning("snapshot_not_saved", error=str(exc))
 
 
-def _is_passing(exc: BaseException) -> bool:
-    return isinstance(exc, StoreError) and not isinstance(exc, PermissionDenied)
-
-
 def _apply(
     batch: Batch, keys: Keys, accept: Callable[[ModelDocument], tuple[FieldError, ...]]
 ) -> Fold:
     return lambda was: was.apply(batch, keys, accept=accept)
 
 
+def _reconsider(
+    model: ModelName,
+    text: bytes | None,
+    accept: Callable[[ModelDocument], tuple[FieldError, ...]],
+) -> Fold:
+    return lambda was: (was, ()) if text is None else was.reconsider(model, text, accept=accept)
+
+
 def _lists(document: ModelDocument, version: Version) -> bool:
     return any(entry.version == version for entry in document.spec.versions)
-
-
-def _accepted_from(kv: KeyValue, model: ModelName) -> Accepted | None:
-    """The document of a history entry, if it is one that would be accepted today."""
-    try:
-        entry = HistoryEntry.from_json(kv.value)
-        document = parse_model(entry.document, name=model)
-    except (BadRecord, ConfigError):
-        return None
-    return Accepted(entry.revision, document, entry.document)
