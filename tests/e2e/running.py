@@ -7,6 +7,8 @@ insides.
 from __future__ import annotations
 
 import asyncio
+import io
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -226,8 +228,9 @@ class RunningNode:
         data: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
+        body = None if data is None else io.BytesIO(data)  # bytes over 1 MiB make aiohttp warn
         async with self.session.request(
-            method, self.url + path, data=data, headers=headers, skip_auto_headers=("Accept",)
+            method, self.url + path, data=body, headers=headers, skip_auto_headers=("Accept",)
         ) as reply:
             return Answer(reply.status, reply.headers.copy(), await reply.read())
 
@@ -344,15 +347,23 @@ class Traffic:
     def failures(self) -> Mapping[str, int]:
         return Result(self.samples).failures()
 
-    async def goes_on(self, answers: int = 4) -> None:
-        """Nothing failed so far, and so many more requests are answered well from now on."""
-        wanted = len(self.samples) + answers
+    async def goes_on(self, answers: int = 4) -> set[str]:
+        """Nothing failed so far, and so many requests sent from now on are answered well.
+
+        Returns the versions that answered those.
+        """
+        since_s = time.monotonic()
+
+        def recent() -> list[Sample]:
+            return [sample for sample in self.samples[-200:] if sample.due_s >= since_s]
+
         await eventually(
-            lambda: len(self.samples) >= wanted or bool(self.failures),
+            lambda: len(recent()) >= answers or bool(self.failures),
             within_s=20,
             what=f"{answers} more answers",
         )
         assert not self.failures, self.failures
+        return {sample.version for sample in recent()}
 
     def versions(self) -> Mapping[str, int]:
         return Result(self.samples).by(lambda sample: sample.version)
