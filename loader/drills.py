@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loader.errors import LoaderError
+from loader.fault_tables import PADDLE
 from loader.faults import (
     DEVICE_ALLOCATION_FAILED,
     HOST_ALLOCATION_FAILED,
@@ -211,7 +212,7 @@ def error_for(code: str) -> tuple[type[Exception], str]:
         return OSError, f"(External) CUDA error({library}), injected by a drill. \n"
     if number.isdigit() and library in ("CUDNN", "CUBLAS", "NCCL", "CURAND", "CUSPARSE"):
         return OSError, f"(External) {library} error({number}), injected by a drill. \n"
-    fault = from_code(code)
-    if fault.fault_class is FaultClass.UNKNOWN or number:
+    is_known = code in PADDLE or from_code(code).fault_class is not FaultClass.UNKNOWN
+    if not is_known or number:
         raise BadDrill(f"code: no error carries {code!r}")
     return RuntimeError, f"({code}) injected by a drill. \n"

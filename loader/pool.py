@@ -127,6 +127,8 @@ class WorkerPool:
         self._hang_s = hang_s
         self._loop = asyncio.get_running_loop()
         self._queue: OrderedDict[int, _Request] = OrderedDict()
+        self._drills: list[Order] = []
+        """Taken from the oversight for requests that then left unrun: for the next ones."""
         self._seats = [_Seat(worker, self._loop.time()) for worker in workers]
         self._unanswered = 0
         self._retired = False
@@ -193,6 +195,8 @@ class WorkerPool:
         finally:
             request.timer.cancel()
             self._queue.pop(id(request), None)
+            if request.drill is not None and not self._is_sent(request):
+                self._drills.append(request.drill)
             self._unanswered -= 1
             if not self._unanswered:
                 self._became_idle()
@@ -223,11 +227,11 @@ class WorkerPool:
         """Whether a request now has a worker, or one that is about to come."""
         return not self._retired and self._broken_s(self._loop.time()) == 0.0
 
-    def proven(self, failure: ServableFailed) -> None:
-        """Another version answered the very request that failed here: it was not the input."""
+    def answered_after(self, failure: ServableFailed, *, by_other: bool) -> None:
+        """The very request that failed here was answered after all: it was not the input."""
         report = self._failures.pop(failure, None)
         if report is not None:
-            self._oversight.on_proven(report)
+            self._oversight.on_answered(report, by_other)
 
     def configure(self, *, queue: int, hang_s: float) -> None:
         """Take new limits; they hold for requests from now on."""
@@ -307,7 +311,9 @@ class WorkerPool:
         """Raises `BadInput` when the tensors cannot travel."""
         assert seat.worker is not None
         request.started_s = self._loop.time()
-        if request.drill is None and self._oversight.drill is not None:
+        if request.drill is None and self._drills:
+            request.drill = self._drills.pop()
+        elif request.drill is None and self._oversight.drill is not None:
             # Kept with the request: one that is taken back unrun has not used it up.
             request.drill = self._oversight.drill()
         seat.worker.submit(
@@ -317,6 +323,9 @@ class WorkerPool:
             drill=request.drill,
         )
         seat.requests.append(request)
+
+    def _is_sent(self, request: _Request) -> bool:
+        return any(request in seat.requests for seat in self._seats)
 
     def _pump(self) -> None:
         """Send what waits to whoever has room."""
@@ -333,6 +342,7 @@ class WorkerPool:
         if isinstance(outcome, WorkerDied) or seat.worker is not worker:
             return  # `_worker_died` and `_faulted` dealt with all that it had
         seat.requests.remove(request)
+        request.drill = None
         self._runs += 1
         if isinstance(outcome, Inference):
             self._busy_s += outcome.run_s
@@ -415,7 +425,7 @@ class WorkerPool:
             seat.requests.clear()
         elif not self._retired or running is not None:
             if running is not None:
-                seat.requests.pop(0)
+                seat.requests.pop(0).drill = None
             self._take_back(seat)
             fault = Fault(code, FaultClass.CRASH, f"worker {worker.pid} ended: {code}")
             self._last_error = fault.message
@@ -428,6 +438,8 @@ class WorkerPool:
             if not request.answer.done():
                 self._queue[id(request)] = request
                 self._queue.move_to_end(id(request), last=False)
+            elif request.drill is not None:
+                self._drills.append(request.drill)
         seat.requests.clear()
         if self._retired:
             self.retire()
