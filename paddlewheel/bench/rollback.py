@@ -151,7 +151,7 @@ async def _roll_back(stage: _Stage, code: int) -> Run:
         MODEL, lambda status: status["live"] == STANDBY, what="rolled back", timeout_s=_RUN_MAX_S
     )
     away_s = time.time() - time.monotonic()
-    faults, swaps = ([e for e in stage.node.events(name)[known[name] :]] for name in known)
+    faults, swaps = (stage.node.events(name)[count:] for name, count in known.items())
     flips = [_moment_s(e, away_s) for e in swaps if e["live"] == STANDBY]
     errors_s = tuple(_moment_s(e, away_s) for e in faults if e["code"] == str(code))
     if len(errors_s) < ERRORS or not flips:
