@@ -76,8 +76,8 @@ def candidates(
     Good ones are registered, not draining, answer their probes and are not ejected. When they
     are less than half of those that answer their probes and have what is wanted, something else
     than nodes has failed (etcd lost every lease, one bad answer was for all of them), and all of
-    these are used. When nobody answers a probe, everyone who is not draining is tried: an attempt
-    is better than a refusal.
+    these are used. Failing that, one that drains but still takes requests, and when nobody answers
+    a probe everyone who does not drain: an attempt is better than a refusal.
 
     zone: labels that a node shares to be near; empty: all are.
     """
