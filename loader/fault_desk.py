@@ -102,7 +102,7 @@ class FaultDesk:
         id = servable.id
         return Oversight(
             on_fault=partial(self._on_fault, model, servable),
-            on_proven=partial(self._on_proven, model, servable),
+            on_answered=partial(self._on_answered, model, servable),
             has_control=lambda: model.control_of(id) is not None,
             refuses=partial(self._refused_s, self._case(model)),
             drill=None if drills is None else partial(drills.order_for, id.model, id.version),
@@ -157,16 +157,20 @@ class FaultDesk:
         if self._deeds.is_cordoned(servable.recipe.device):
             return False
         if control is not None and fault.handling.counted == "proven":
-            return False  # unless the control answers it: `_on_proven`
+            return False  # unless the control answers it: `_on_answered`
         if report.is_breach:
             self._breached(model, servable, fault)
             return False
         if fault.code == "NAN":
-            return False  # as an error that says not whose: `_on_proven`, or the rate of them
+            return False  # as an error that says not whose: `_on_answered`, or the rate of them
         return self._count(model, servable, report, proven=False)
 
-    def _on_proven(self, model: Model, servable: Servable, report: FaultReport) -> None:
-        if self._deeds.is_cordoned(servable.recipe.device):
+    def _on_answered(
+        self, model: Model, servable: Servable, report: FaultReport, by_other: bool
+    ) -> None:
+        if report.feeds is not None and report.fault.fault_class in SEVERE:
+            self._case(model).triage.exonerate(input_digest(report.feeds))
+        if not by_other or self._deeds.is_cordoned(servable.recipe.device):
             return
         if report.fault.handling.counted == "proven" or report.fault.code == "NAN":
             self._count(model, servable, report, proven=True)

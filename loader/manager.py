@@ -240,7 +240,7 @@ class Manager:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         pools = [s.pool for m in self._models.values() for s in m.servables.values() if s.pool]
-        await asyncio.gather(*(pool.close() for pool in pools), return_exceptions=True)
+        await asyncio.gather(*(pool.close(timeout_s=0.2) for pool in pools), return_exceptions=True)
 
     def _model(self, name: ModelName) -> Model:
         return self._models.setdefault(name, Model(name))

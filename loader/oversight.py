@@ -49,8 +49,9 @@ class Oversight:
     on_fault: Callable[[FaultReport], bool] = _nothing
     """Told once for each fault, before any request learns of it; may retire the pool. ``True``:
     the input itself is to blame, and its request is refused rather than run again."""
-    on_proven: Callable[[FaultReport], object] = _nothing
-    """Told that another version answered the very request that failed here."""
+    on_answered: Callable[[FaultReport, bool], None] = lambda _report, _by_other: None
+    """Told that the very request that failed here was answered after all, by another version
+    (``True``) or by another worker of this one."""
     has_control: Callable[[], bool] = lambda: False
     """Whether another version is loaded that could answer the same requests."""
     refuses: Callable[[Feeds], float] | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loader.blame import SEVERE, Blame, Incident, Verdict, judge
 from loader.counting import FaultCounter, Seen, Tripped
@@ -46,6 +46,7 @@ class Triage:
         self._answered: dict[ServableId, int] = {}
         """The servable's counter of answers at its last fault: more by now end the row."""
         self._record: deque[Incident] = deque(maxlen=RECORD_MAX)
+        self._innocent = 0
 
     def configure(self, limits: Limits) -> None:
         """Take new limits; what was counted under the old ones is forgotten."""
@@ -115,6 +116,19 @@ class Triage:
             standby=_label(control) if control is not None else None,
             answered=answers_of_all,
         )
+
+    def exonerate(self, input_digest: str) -> None:
+        """This input was answered after it had met a fault: it killed nobody.
+
+        A worker that ends for reasons of its own (the OOM killer) takes some input with it, and
+        where all clients send the same one, always that one.
+        """
+        for index, incident in enumerate(self._record):
+            if incident.input_digest == input_digest:
+                # Not empty: what is not known is paired with whatever failed at the same time.
+                self._innocent += 1
+                innocent = f"answered-{self._innocent}"
+                self._record[index] = replace(incident, input_digest=innocent)
 
     def seen(self, id: ServableId) -> dict[str, Seen]:
         """Every fault of ``id`` so far, by code."""

@@ -78,7 +78,7 @@ class Follower:
         """The last document seen of each model that is placed here."""
         self._refused: dict[ModelName, bytes] = {}
         """Texts of the documents last seen and refused."""
-        self.knows_configs = False
+        self.configs_known = asyncio.Event()
         """Whether the documents are known: from etcd, or from the snapshot."""
         self.last_event_at: datetime | None = None
 
@@ -92,7 +92,7 @@ class Follower:
             log.warning("snapshot_ignored", reason=f"made under the prefix {snapshot.prefix!r}")
             return
         await self._fold(lambda _: Catalog.restore(snapshot, self._keys, accept=self._accept(loop)))
-        self.knows_configs = True
+        self.configs_known.set()
         log.info("snapshot_restored", models=len(self.seen), path=str(self._snapshot_path))
 
     async def run(self) -> None:
@@ -130,7 +130,7 @@ class Follower:
         self._history.record(listing.kvs)
         await self._fold(lambda was: was.relist(listing, self._keys, prefix, accept=accept))
         if prefix == self._keys.models_prefix:
-            self.knows_configs = True
+            self.configs_known.set()
         revision = listing.revision
         async for batch in self._store.watch_prefix(prefix, known=listing):
             if batch.revision < revision:

@@ -54,6 +54,8 @@ from router.ports import Check, Health
 log = structlog.get_logger(__name__)
 
 ZYGOTE_RETRY_S = 5.0
+LEAVE_FIRST_S = 0.5
+"""How long accepting goes on while this node's keys are taken out of etcd."""
 
 
 def run_node(settings: NodeSettings) -> int:
@@ -136,8 +138,10 @@ class Node:
             Check("draining", not self._draining, "draining" if self._draining else ""),
             Check(
                 "configs_known",
-                self._follower.knows_configs,
-                "" if self._follower.knows_configs else "neither etcd nor a snapshot so far",
+                self._follower.configs_known.is_set(),
+                ""
+                if self._follower.configs_known.is_set()
+                else "neither etcd nor a snapshot so far",
             ),
         ]
         cordoned = {
@@ -248,6 +252,7 @@ class Node:
             log.error("cannot_listen", address=f"{settings.host}:{settings.port}", reason=str(exc))
             await self._store.close()
             return 1
+        self._app.publish(self._routes.serving)
         self._print_ready()
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._store.close)
@@ -265,6 +270,7 @@ class Node:
                 asyncio.create_task(work, name=name)
                 for name, work in (
                     ("manager", self._manager.run()),
+                    ("routes", self._complete_routes()),
                     ("follower", self._follower.run()),
                     ("zygote", self._keep_zygote()),
                     ("verdicts", self._verdicts.run()),
@@ -284,6 +290,12 @@ class Node:
             await asyncio.gather(*tasks, return_exceptions=True)
         log.info("node_stopped", node=settings.id)
         return 1 if failed else 0
+
+    async def _complete_routes(self) -> None:
+        """Only once the documents were read is a model that is not among them unknown: 404."""
+        await self._follower.configs_known.wait()
+        self._app.publish(self._routes.complete())
+        await asyncio.Event().wait()
 
     async def _wait_for_stop(self) -> None:
         await self._stop.wait()
@@ -326,11 +338,13 @@ class Node:
         self._draining = True
         deadline_s = asyncio.get_running_loop().time() + settings.drain_s
         self.happened(EventType.NODE_LEFT, settings.id, {})
-        await self._session.stop()
-        await self._events.stop()
+        leaving = asyncio.gather(self._session.stop(), self._events.stop())
+        # An etcd that does not answer must not take the requests' time.
+        await asyncio.wait([leaving], timeout=LEAVE_FIRST_S)
         await asyncio.sleep(min(settings.drain_delay_s, settings.drain_s))
         left_s = max(0.0, deadline_s - asyncio.get_running_loop().time())
         await self._app.stop(drain_s=left_s)
+        await leaving
 
 
 def _device_record(usage: DeviceUsage) -> DeviceRecord:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loader.lifecycle import State
 from loader.model import ModelView
 from registry.inference import Predictor
@@ -54,7 +56,7 @@ class Routes:
     """The serving value of this node, rebuilt for one model at a time and swapped whole."""
 
     def __init__(self) -> None:
-        self.serving = Serving(RouteTable(), {})
+        self.serving = Serving(RouteTable(is_complete=False), {})
         self._by_model: dict[ModelName, dict[ServableId, Predictor]] = {}
 
     def put(self, view: ModelView) -> Serving:
@@ -65,6 +67,10 @@ class Routes:
     def remove(self, model: ModelName) -> Serving:
         self._by_model.pop(model, None)
         return self._swap(self.serving.table.without(model))
+
+    def complete(self) -> Serving:
+        """All models are known from now on."""
+        return self._swap(replace(self.serving.table, is_complete=True))
 
     def _swap(self, table: RouteTable) -> Serving:
         predictors = {id: p for model in self._by_model.values() for id, p in model.items()}

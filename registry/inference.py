@@ -135,8 +135,11 @@ class Predictor(Protocol):
         """
         ...
 
-    def proven(self, failure: ServableFailed) -> None:
-        """Say that another version answered the very request that ``failure`` was raised for."""
+    def answered_after(self, failure: ServableFailed, *, by_other: bool) -> None:
+        """Say that the very request that ``failure`` was raised for was answered after all.
+
+        by_other: by another version; else by this one, on another worker.
+        """
         ...
 
 

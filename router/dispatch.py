@@ -58,6 +58,7 @@ async def dispatch(
         if serving.predictors[other.servable].is_manned:
             choice = other
     failures: list[ServableFailed] = []
+    failed_on: list[Predictor] = []
     at = choice
     while True:
         predictor = serving.predictors[at.servable]
@@ -65,14 +66,15 @@ async def dispatch(
             inference = await predictor.infer(feeds, deadline_s=deadline_s)
         except ServableFailed as failure:
             failures.append(failure)
+            failed_on.append(predictor)
             if asyncio.get_running_loop().time() >= deadline_s:
                 raise DeadlineExceeded(f"no time left after: {failure}") from failure
             if sum(each.was_run for each in failures) > 1 or len(failures) == TRIES_MAX:
                 return _given_up(choice, failures)
             at = _second_choice(serving, route, at, predictor)
             continue
-        if failures and at.servable != choice.servable:
-            serving.predictors[choice.servable].proven(failures[0])
+        for failed, why in zip(failed_on, failures, strict=True):
+            failed.answered_after(why, by_other=failed is not predictor)
         return Served(inference, at, len(failures))
 
 

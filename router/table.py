@@ -154,12 +154,15 @@ class RouteTable:
     revision: Revision = NO_REVISION
     """The newest document revision that went into it."""
     models: Mapping[ModelName, Route] = field(default_factory=dict[ModelName, Route])
+    is_complete: bool = True
+    """Whether all models are known. Before the documents were read once, a model that is not
+    here may well exist."""
 
     def route(self, model: str) -> Route:
-        """Raises `UnknownModel`."""
+        """Raises `UnknownModel`, or `NothingServes` while the table is not complete."""
         route = self.models.get(ModelName(model))
         if route is None:
-            raise UnknownModel(model)
+            raise self._unknown(model)
         return route
 
     def pick(self, request: RequestFacts) -> Choice:
@@ -171,8 +174,13 @@ class RouteTable:
         """
         route = self.models.get(ModelName(request.model))
         if route is None:
-            raise UnknownModel(request.model)
+            raise self._unknown(request.model)
         return route.pick(request)
+
+    def _unknown(self, model: str) -> UnknownModel | NothingServes:
+        if self.is_complete:
+            return UnknownModel(model)
+        return NothingServes(ModelName(model), "the documents were not read yet")
 
     def with_route(self, route: Route) -> RouteTable:
         """Return this table with ``route`` in the place of its model's."""

@@ -69,7 +69,7 @@ class NumpyPredictor:
     cancelled: int = 0
     is_manned: bool = True
 
-    def proven(self, failure: ServableFailed) -> None:
+    def answered_after(self, failure: ServableFailed, *, by_other: bool) -> None:
         """Nothing is judged here."""
 
     async def infer(self, feeds: Mapping[str, Array], *, deadline_s: float) -> Inference:

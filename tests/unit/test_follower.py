@@ -162,7 +162,7 @@ async def test_a_start_without_etcd_does_not_wait_for_it(tmp_path: Path) -> None
         follower = follower_of(node, Away(), tmp_path)
         async with asyncio.timeout(2):
             await follower.restore()
-        assert follower.knows_configs
+        assert follower.configs_known.is_set()
         assert set(follower.seen) == set(names)
 
 
@@ -174,7 +174,7 @@ async def test_the_snapshot_of_another_fleet_is_not_ours(tmp_path: Path) -> None
     async with managed(tmp_path) as node:
         other = follower_of(node, MemoryStore(), tmp_path, keys=Keys("/other"))
         await other.restore()
-        assert not other.knows_configs, "a node that knows no documents must not say it is ready"
+        assert not other.configs_known.is_set(), "a node that knows no documents must not say it is ready"
 
 
 async def test_one_document_too_large_for_history_does_not_stop_history(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ async def test_a_store_that_turns_us_away_ends_nothing(
     await store.put(KEYS.model(MODEL), text(document("1")))
     async with managed(tmp_path) as node, running(follower_of(node, store, tmp_path)) as follower:
         await node.passes(0.1)
-        assert not follower.knows_configs
+        assert not follower.configs_known.is_set()
         store.is_open = True
         await eventually(lambda: node.live == "1", within_s=3)
 

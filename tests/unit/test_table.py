@@ -97,3 +97,10 @@ def test_the_table_renders_to_plain_values() -> None:
     assert (model["live"], model["standby"], model["config_revision"]) == ("2", "1", 9)
     assert model["canary"]["version"] == "3"
     assert model["canary"]["rules"] == [{"header": {"name": "X-Canary", "equals": "1"}}]
+
+
+def test_a_model_is_unknown_only_once_all_are_known() -> None:
+    with pytest.raises(NothingServes, match="not read yet"):
+        RouteTable(is_complete=False).pick(RequestFacts("m"))
+    with pytest.raises(UnknownModel):
+        RouteTable().pick(RequestFacts("m"))

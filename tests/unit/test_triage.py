@@ -179,3 +179,12 @@ def test_the_record_does_not_grow_for_ever() -> None:
     for _ in range(10 * RECORD_MAX):
         model.fault(700, input_digest="a")
     assert len(model.triage._record) == RECORD_MAX
+
+
+def test_an_input_that_was_answered_after_a_crash_killed_nobody() -> None:
+    """Two workers killed from outside while every client sends the same input."""
+    model = Model()
+    model.fault("SIGKILL", input_digest="same", incident=(1, "SIGKILL"))
+    model.triage.exonerate("same")
+    ruling = model.fault("SIGKILL", OTHER, input_digest="same", incident=(2, "SIGKILL"))
+    assert ruling.verdict is None
