@@ -9,23 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from dataclasses import dataclass
+import random
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import orjson
 import structlog
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from loader.faults import Fault
 from loader.manager import Manager
-from registry.cas import Conflict, create_if_absent, replace_if
+from registry.cas import Conflict, replace_if
 from registry.keys import FaultKey, Keys
 from registry.names import ModelName, NodeId, Revision, ServableId, Version
 from registry.records import BadRecord, FaultRecord, LastGood, Quarantine
-from registry.store import Delete, KeyValue, Store, StoreError
+from registry.store import Delete, Event, KeyValue, Store, StoreError
 
 log = structlog.get_logger(__name__)
+
+RETRY_FIRST_S = 0.05
+RETRY_MAX_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class _Own:
     version: Version
     quarantine: Quarantine
     record: FaultRecord
+    is_told: bool = False
+    """Our fault key was written: once it is gone, somebody released the version."""
 
 
 class Verdicts:
@@ -64,12 +70,13 @@ class Verdicts:
                     Version(row["version"]),
                     Quarantine.model_validate(row["quarantine"]),
                     FaultRecord.model_validate(row["record"]),
+                    bool(row.get("told", False)),
                 )
                 self._own[own.model, own.version] = own
                 self._manager.keep_quarantined(own.model, own.version, own.quarantine)
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, BadRecord) as exc:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, BadRecord) as exc:
             log.warning("own_quarantines_ignored", path=str(self._path), reason=str(exc))
         self._wake.set()
 
@@ -108,41 +115,81 @@ class Verdicts:
             tasks.create_task(self._follow_releases(), name="follow releases")
 
     async def _write(self) -> None:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(StoreError),
-            wait=wait_random_exponential(multiplier=0.05, max=2.0),
-        )
+        failures = 0
         while True:
             await self._wake.wait()
             self._wake.clear()
-            for own in list(self._own.values()):
-                async for attempt in retrying:
-                    with attempt:
-                        await self._publish(own)
+            failed = False
+            # Each by itself: one that etcd refuses must not keep the others from being written.
+            for key, own in list(self._own.items()):
+                if self._own.get(key) is own:
+                    failed = not await self._done(self._publish(own)) or failed
             for model, good in list(self._good.items()):
-                async for attempt in retrying:
-                    with attempt:
-                        await self._put_last_good(model, good)
-                if self._good.get(model) == good:
-                    del self._good[model]
+                failed = not await self._done(self._put_last_good(model, good)) or failed
+            failures = failures + 1 if failed else 0
+            if failed:
+                pause_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(failures, 10))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), random.uniform(0.5, 1.0) * pause_s)
+                self._wake.set()
+
+    async def _done(self, writing: Coroutine[None, None, None]) -> bool:
+        """Whether it was written; ``False``: to be tried again."""
+        try:
+            await writing
+        except StoreError as exc:
+            log.info("verdict_not_written", error=str(exc))
+            return False
+        return True
 
     async def _publish(self, own: _Own) -> None:
         """Our own fault key; then, with enough of them for this version, the quarantine key."""
         key = self._keys.fault(own.model, own.version, self._node)
         value = own.record.to_json()
         held = await self._store.get(key)
+        if held is None and own.is_told:
+            self._released(own.model, own.version)  # while we were away
+            return
         if held is None or held.value != value:
             await self._store.put(key, value)
+        if not own.is_told:
+            own = self._keep(own, replace(own, is_told=True))
         listing = await self._store.list_prefix(self._keys.faults_prefix(own.model, own.version))
         nodes = tuple(sorted(self._nodes_of(listing.kvs)))
         if len(nodes) < self._quorum(own.model):
             log.info("quarantine_without_quorum", model=own.model, version=own.version, nodes=nodes)
             return
-        quarantine = own.quarantine.model_copy(update={"nodes": nodes})
-        quarantine_key = self._keys.quarantine(own.model, own.version)
-        await create_if_absent(self._store, quarantine_key, quarantine.to_json())
-        self._own.pop((own.model, own.version), None)
-        self._save()
+        await self._put_quarantine(own, own.quarantine.model_copy(update={"nodes": nodes}))
+        self._keep(own, None)
+
+    async def _put_quarantine(self, own: _Own, quarantine: Quarantine) -> None:
+        """Create the key, unless one stands there that covers these bytes: the first one counts."""
+        key = self._keys.quarantine(own.model, own.version)
+        while True:
+            held = await self._store.get(key)
+            if held is not None:
+                with contextlib.suppress(BadRecord):
+                    if Quarantine.from_json(held.value).digest in (None, quarantine.digest):
+                        return
+            revision = Revision(0) if held is None else held.mod_revision
+            done = await replace_if(self._store, key, quarantine.to_json(), revision)
+            if not isinstance(done, Conflict):
+                return
+
+    def _keep(self, was: _Own, now: _Own | None) -> _Own:
+        """Replace or drop ``was``, unless a newer one took its place meanwhile."""
+        if self._own.get((was.model, was.version)) is was:
+            if now is None:
+                del self._own[was.model, was.version]
+            else:
+                self._own[was.model, was.version] = now
+            self._save()
+        return now or was
+
+    def _released(self, model: ModelName, version: Version) -> None:
+        if self._own.pop((model, version), None) is not None:
+            self._save()
+        self._manager.release(model, version)
 
     def _nodes_of(self, kvs: tuple[KeyValue, ...]) -> set[NodeId]:
         keys = (self._keys.parse(kv.key) for kv in kvs)
@@ -158,36 +205,42 @@ class Verdicts:
         key = self._keys.lastgood(model)
         while True:
             held = await self._store.get(key)
-            if held is None:
-                if await create_if_absent(self._store, key, good.to_json()):
-                    return
-                continue
-            value = good
-            with contextlib.suppress(BadRecord):
-                before = LastGood.from_json(held.value)
-                if before.revision >= good.revision:
-                    return
-                value = good.after(before)
-            done = await replace_if(self._store, key, value.to_json(), held.mod_revision)
+            value: LastGood | None = good
+            if held is not None:
+                with contextlib.suppress(BadRecord):
+                    before = LastGood.from_json(held.value)
+                    value = good.after(before) if before.revision < good.revision else None
+            if value is None:
+                break
+            revision = Revision(0) if held is None else held.mod_revision
+            done = await replace_if(self._store, key, value.to_json(), revision)
             if not isinstance(done, Conflict):
-                return
+                break
+        if self._good.get(model) == good:
+            del self._good[model]
 
     async def _follow_releases(self) -> None:
         """Our fault key deleted by somebody else lifts a quarantine that never got its quorum.
 
         Another node's fault may complete the quorum: then we write the key, whoever is first.
         """
-        async for batch in self._store.watch_prefix(self._keys.faults_prefix()):
-            for event in batch.events:
-                key = self._keys.parse(event.key if isinstance(event, Delete) else event.kv.key)
-                if not isinstance(key, FaultKey):
-                    continue
-                if isinstance(event, Delete) and key.node == self._node:
-                    self._own.pop((key.model, key.version), None)
-                    self._save()
-                    self._manager.release(key.model, key.version)
-                elif key.node != self._node and (key.model, key.version) in self._own:
-                    self._wake.set()
+        while True:
+            try:
+                async for batch in self._store.watch_prefix(self._keys.faults_prefix()):
+                    for event in batch.events:
+                        self._fault_changed(event)
+            except StoreError as exc:  # turned away: what serves goes on
+                log.error("store_refuses", prefix=self._keys.faults_prefix(), error=str(exc))
+                await asyncio.sleep(RETRY_MAX_S)
+
+    def _fault_changed(self, event: Event) -> None:
+        key = self._keys.parse(event.key if isinstance(event, Delete) else event.kv.key)
+        if not isinstance(key, FaultKey):
+            return
+        if isinstance(event, Delete) and key.node == self._node:
+            self._released(key.model, key.version)
+        elif key.node != self._node and (key.model, key.version) in self._own:
+            self._wake.set()
 
     def _save(self) -> None:
         """A few rows at most, so written in place of the event loop's turn."""
@@ -195,6 +248,7 @@ class Verdicts:
             {
                 "model": own.model, "version": own.version,
                 "quarantine": own.quarantine.to_dict(), "record": own.record.to_dict(),
+                "told": own.is_told,
             }
             for own in self._own.values()
         ]  # fmt: skip
