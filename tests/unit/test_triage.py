@@ -186,5 +186,10 @@ def test_an_input_that_was_answered_after_a_crash_killed_nobody() -> None:
     model = Model()
     model.fault("SIGKILL", input_digest="same", incident=(1, "SIGKILL"))
     model.triage.exonerate("same")
-    ruling = model.fault("SIGKILL", OTHER, input_digest="same", incident=(2, "SIGKILL"))
+    ruling = model.fault("SIGKILL", STANDBY, input_digest="same", incident=(2, "SIGKILL"))
     assert ruling.verdict is None
+    guilty = Model()
+    guilty.fault("SIGKILL", input_digest="same", incident=(1, "SIGKILL"))
+    verdict = guilty.fault("SIGKILL", STANDBY, input_digest="same", incident=(2, "SIGKILL")).verdict
+    assert verdict is not None
+    assert verdict.blame is Blame.INPUT
