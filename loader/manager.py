@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -22,30 +21,24 @@ import structlog
 from loader import policy
 from loader.devices import BadDevice, Cordon, DevicePool, Priority
 from loader.drills import DrillBox
-from loader.errors import FetchFailed, LoadTimedOut, NotAdmitted, WorkerDied
 from loader.fault_desk import FaultDesk
 from loader.faults import Fault
 from loader.lifecycle import UNDERWAY, State
-from loader.loading import Predecessor
 from loader.model import Model, ModelView
 from loader.plan import Order, aspire, fallback_id, is_pending, order_for
-from loader.policy import Aspiration, InForce, World
-from loader.pool import WorkerPool
+from loader.policy import InForce, World
 from loader.readying import Readying, total_mb
-from loader.recipe import Recipe
-from loader.repository import Fetched, ModelRepository
+from loader.repository import ModelRepository
 from loader.servable import Servable
-from loader.zygote import Zygote, ZygoteFailed
-from registry.errors import PaddlewheelError
+from loader.upkeep import RETRY_FIRST_S, Upkeep, resolved
+from loader.zygote import Zygote
 from registry.events import EventType
 from registry.names import ModelName, NodeId, Revision, ServableId, Version
 from registry.records import Quarantine
-from registry.spec import Limits, ModelDocument, Rollback
+from registry.spec import ModelDocument
 
 log = structlog.get_logger(__name__)
 
-RETRY_FIRST_S = 5.0
-RETRY_MAX_S = 60.0
 IDLE_TURN_S = 1.0
 """The loop comes round at least this often: its heartbeat."""
 
@@ -109,7 +102,7 @@ class Manager:
         self._models: dict[ModelName, Model] = {}
         self._dirty: set[ModelName] = set()
         self._wake = asyncio.Event()
-        self._readying = Readying(
+        readying = Readying(
             zygote=zygote,
             repository=repository,
             devices=devices,
@@ -117,7 +110,7 @@ class Manager:
             fetch_timeout_s=settings.fetch_timeout_s,
             load_slots=settings.load_slots,
         )
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._upkeep = Upkeep(self, readying, self._desk)
         self.last_turn_s = asyncio.get_running_loop().time()
         """When the loop last came round (loop time): the heartbeat behind `/livez`."""
 
@@ -136,10 +129,10 @@ class Manager:
         model.retry_at_s.clear()
         model.attempts.clear()
         for servable in [s for s in model.servables.values() if s.state is State.FAILED]:
-            self._remove(model, servable)
+            self._upkeep.remove(model, servable)
         model.trouble = None
-        self._publish(model)
-        self._touch(model.name)
+        self.publish(model)
+        self.touch(model.name)
 
     def _keep_loading(self, model: Model, orders: Mapping[ServableId, Order]) -> None:
         """Take the new orders; what is being made ready for the same order goes on.
@@ -156,7 +149,7 @@ class Manager:
                 if s.state in UNDERWAY and model.orders[s.id] == order and not is_pending(s.id)
             ]  # fmt: skip
             if under_way and model.aspiration is not None:
-                model.aspiration = _resolved(model.aspiration, pending, under_way[0])
+                model.aspiration = resolved(model.aspiration, pending, under_way[0])
             else:
                 model.orders[pending] = order
 
@@ -165,7 +158,7 @@ class Manager:
         if (model := self._models.get(name)) is not None:
             model.aspired = model.aspired_revision = model.aspiration = None
             model.fallback, model.is_deleted = None, True
-            self._touch(name)
+            self.touch(name)
 
     def set_quarantined(self, name: ModelName, quarantined: Mapping[Version, Quarantine]) -> None:
         """Which versions of ``name`` the fleet says must not serve, whatever the document says."""
@@ -198,7 +191,7 @@ class Manager:
             if id not in model.orders:
                 model.orders[id] = order
                 model.fallback, model.fallback_revision = id, revision
-            self._touch(model.name)
+            self.touch(model.name)
 
     # --- looking ------------------------------------------------------------------------------
 
@@ -235,10 +228,7 @@ class Manager:
     async def close(self) -> None:
         """End every worker and task. Requests in flight must have been drained before."""
         self._desk.close()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._upkeep.close()
         pools = [s.pool for m in self._models.values() for s in m.servables.values() if s.pool]
         await asyncio.gather(*(pool.close(timeout_s=0.2) for pool in pools), return_exceptions=True)
 
@@ -254,13 +244,23 @@ class Manager:
             self._dirty.discard(name)
             if (model := self._models.get(name)) is not None:
                 model.trouble = f"internal error: {exc!r}"
-                asyncio.get_running_loop().call_later(RETRY_FIRST_S, self._touch, name)
+                asyncio.get_running_loop().call_later(RETRY_FIRST_S, self.touch, name)
 
-    def _publish(self, model: Model) -> None:
+    def touch_all(self) -> None:
+        for name in self._models:
+            self.touch(name)
+
+    def changed(self, model: Model) -> None:
+        self._listener.changed(model.view())
+
+    def happened(self, event: EventType, subject: str, data: Mapping[str, Any]) -> None:
+        self._listener.happened(event, subject, data)
+
+    def publish(self, model: Model) -> None:
         if self._models.get(model.name) is model:  # else it is gone from this node
             self._listener.publish(model.view())
 
-    def _touch(self, name: ModelName) -> None:
+    def touch(self, name: ModelName) -> None:
         if name in self._models:
             self._dirty.add(name)
             self._wake.set()
@@ -283,7 +283,7 @@ class Manager:
                     del model.retry_at_s[id]
                     servable = model.servables.get(id)
                     if servable is not None and servable.state is State.FAILED:
-                        self._remove(model, servable)
+                        self._upkeep.remove(model, servable)
                     self._dirty.add(model.name)
             if model.trouble is not None and model.answered > model.trouble_answered:
                 self.troubled(model, None)
@@ -367,7 +367,7 @@ class Manager:
         if model.in_force.revision == model.aspired_revision and model.document != model.aspired:
             # The same revision with other words: a store restored from a backup.
             self._take_up(model)
-            self._publish(model)
+            self.publish(model)
         self._report_bake(model)
         self._listener.changed(model.view())
 
@@ -376,16 +376,16 @@ class Manager:
             case policy.Swap(to):
                 self._swap(model, to)
             case policy.Load(id):
-                self._load(model, id)
+                self._upkeep.load(model, id)
             case policy.Abandon(id):
-                self._abandon(model, model.servables[id])
+                self._upkeep.abandon(model, model.servables[id])
             case policy.Forget(id):
-                self._remove(model, model.servables[id])
+                self._upkeep.remove(model, model.servables[id])
                 self._desk.forget(model, id)
             case policy.Drain(id):
-                self._drain(model, model.servables[id])
+                self._upkeep.drain(model, model.servables[id])
             case policy.Unload(id):
-                self._unload(model, model.servables[id])
+                self._upkeep.unload(model, model.servables[id])
 
     # --- routing ------------------------------------------------------------------------------
 
@@ -400,7 +400,7 @@ class Manager:
                 role = policy.role(servable.id, to)
                 if role is not servable.state:
                     servable.move(role)
-        self._publish(model)
+        self.publish(model)
         model.swaps += 1
         model.swap_s = time.perf_counter() - started_s
         facts = {
@@ -440,239 +440,21 @@ class Manager:
             model.baked = proven
             self._listener.baked(model.name, *proven)
 
-    # --- making ready -------------------------------------------------------------------------
-
-    def _load(self, model: Model, id: ServableId) -> None:
-        order = model.orders[id]
-        servable = Servable(id, order.recipe)
-        model.servables[id] = servable
-        quarantine = model.quarantine_of(id)
-        if quarantine is not None:
-            servable.move(State.QUARANTINED, quarantine.reason)
-            return
-        servable.attempts = model.attempts.get(id, 0) + 1
-        servable.move(State.FETCHING)
-        if is_pending(id):
-            self._start(servable, self._fetch(model, servable, order))
-        else:
-            servable.phases_ms["fetch"] = model.fetch_ms.get(id, 0.0)
-            self._start(servable, self._make_ready(model, servable, order))
-
-    def _start(self, servable: Servable, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work, name=f"servable {servable.id}")
-        servable.task = task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _fetch(self, model: Model, servable: Servable, order: Order) -> None:
-        started_s = time.perf_counter()
-        try:
-            fetched = await self._readying.fetch(order.recipe)
-        except Exception as exc:
-            self._failed(model, servable, exc)
-            return
-        fetch_ms = round((time.perf_counter() - started_s) * 1000, 3)
-        self._resolve(model, servable, order, fetched, fetch_ms)
-
-    def _resolve(
-        self, model: Model, servable: Servable, order: Order, fetched: Fetched, fetch_ms: float
-    ) -> None:
-        """The bytes are known now: what stood for them becomes the servable that they make."""
-        pending = servable.id
-        id = replace(pending, digest=fetched.digest)
-        model.orders.pop(pending, None)
-        model.orders[id] = order
-        model.fetched[id] = fetched
-        model.fetch_ms[id] = fetch_ms
-        self._remove(model, servable)
-        existing = model.servables.get(id)
-        if existing is not None and existing.state is State.FAILED:
-            self._remove(model, existing)
-        elif existing is not None and existing.is_loaded:
-            self._book_anew(existing, order.recipe, fetched)
-        if model.aspiration is not None:
-            model.aspiration = _resolved(model.aspiration, pending, id)
-        if model.fallback == pending:
-            model.fallback = id
-        log.info(
-            "servable_fetched",
-            servable=str(id),
-            digest=fetched.digest,
-            bytes=fetched.bytes,
-            fetch_ms=fetch_ms,
-        )
-        self._touch(model.name)
-
-    def _book_anew(self, servable: Servable, recipe: Recipe, fetched: Fetched) -> None:
-        """What serves goes on as it is; the document may say anew how much memory it takes."""
-        servable.recipe = recipe
-        try:
-            self._readying.reserve(servable, fetched)
-        except NotAdmitted as exc:
-            log.warning("memory_not_booked_anew", servable=str(servable.id), reason=exc.reason)
-
-    async def _make_ready(self, model: Model, servable: Servable, order: Order) -> None:
-        fetched = model.fetched[servable.id]
-        try:
-            if not fetched.folder.exists():  # evicted while nobody needed it
-                fetched = await self._readying.fetch(order.recipe)
-                if fetched.digest != servable.id.digest:
-                    self._resolve(model, servable, order, fetched, 0.0)
-                    return
-            loading, ready = await self._readying.make(
-                servable,
-                order,
-                fetched,
-                predecessor=lambda: self._predecessor(model, servable.id),
-                on_waiting=partial(self._waits, model, servable),
-                on_loading=partial(self._loads, model, servable),
-                on_phase=partial(self._phase_ended, model, servable),
-            )
-        except Exception as exc:
-            self._readying.give_back(servable)
-            self._failed(model, servable, exc)
-            return
-        except BaseException:
-            self._readying.give_back(servable)
-            raise
-        document = model.aspired or model.document
-        limits = document.spec.limits if document is not None else Limits()
-        rollback = document.spec.rollback if document is not None else Rollback()
-        servable.signature = ready.signature
-        servable.pool = WorkerPool(
-            servable.id,
-            ready.signature,
-            ready.workers,
-            make_worker=loading.replacement,
-            oversight=self._desk.oversight(model, servable, rollback),
-            queue=limits.queue,
-            hang_s=limits.hang_s,
-        )
-        servable.loaded_at = datetime.now(UTC)
-        servable.move(State.READY)
-        model.reloads["ready"] += 1
-        log.info("servable_ready", servable=str(servable.id), **servable.phases_ms)
-        self._listener.happened(
-            EventType.SERVABLE_READY,
-            f"{model.name}/{servable.id.version}",
-            {"digest": servable.id.digest, "phases_ms": dict(servable.phases_ms)},
-        )
-        quarantine = model.quarantine_of(servable.id)
-        if quarantine is not None:  # taken out elsewhere while it was loading here
-            self._take_out(model, servable, quarantine)
-            return
-        self._publish(model)
-        self._touch(model.name)
-
-    def _waits(self, model: Model, servable: Servable, reason: str) -> None:
-        servable.reason = reason
-        log.info("servable_waits", servable=str(servable.id), reason=reason)
-        for name in self._models:  # standbys of a lower priority yield
-            self._touch(name)
-
-    def _loads(self, model: Model, servable: Servable) -> None:
-        servable.move(State.LOADING)
-        self._listener.changed(model.view())
-
-    def _phase_ended(self, model: Model, servable: Servable, phase: str, took_s: float) -> None:
-        servable.phases_ms[phase] = round(took_s * 1000, 3)
-        if phase == "load":
-            servable.move(State.WARMING)
-            self._listener.changed(model.view())
-
-    def _predecessor(self, model: Model, id: ServableId) -> Predecessor | None:
-        live = model.in_force.live
-        if live is None or live == id or (servable := model.servables.get(live)) is None:
-            return None
-        if servable.signature is None:
-            return None
-        return Predecessor(live.version, servable.signature)
-
-    def _failed(self, model: Model, servable: Servable, error: Exception) -> None:
-        if not isinstance(error, PaddlewheelError | OSError):
-            log.error("servable_crashed", servable=str(servable.id), exc_info=error)
-        reason = str(error) or repr(error)
-        servable.move(State.FAILED, reason)
-        model.reloads["failed"] += 1
-        match error:
-            case FetchFailed():
-                may_heal = error.retryable
-            case NotAdmitted():
-                may_heal = error.may_heal
-            case WorkerDied() | LoadTimedOut() | ZygoteFailed() | OSError():
-                may_heal = True
-            case _:
-                may_heal = False
-        if may_heal:
-            model.attempts[servable.id] = servable.attempts
-            delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** (servable.attempts - 1))
-            model.retry_at_s[servable.id] = asyncio.get_running_loop().time() + delay_s
-        log.warning("servable_failed", servable=str(servable.id), reason=reason)
-        self._listener.happened(
-            EventType.SERVABLE_FAILED, f"{model.name}/{servable.id.version}", {"reason": reason}
-        )
-        self._publish(model)
-        self._touch(model.name)
-
-    # --- ending -------------------------------------------------------------------------------
-
-    def _abandon(self, model: Model, servable: Servable) -> None:
-        if servable.task is not None:
-            servable.task.cancel()
-        log.info("servable_abandoned", servable=str(servable.id), state=servable.state)
-        self._remove(model, servable)
-
-    def _remove(self, model: Model, servable: Servable) -> None:
-        servable.move(State.GONE)
-        model.suspected -= {servable.id}
-        if model.servables.get(servable.id) is servable:
-            del model.servables[servable.id]
-
-    def _drain(self, model: Model, servable: Servable) -> None:
-        document = model.document or model.aspired
-        drain_s = document.spec.limits.drain_s if document is not None else Limits().drain_s
-        servable.drain_by_s = asyncio.get_running_loop().time() + drain_s
-        servable.move(State.DRAINING)
-        self._publish(model)
-        assert servable.pool is not None
-        servable.pool.on_idle(partial(self._touch, model.name))
-        log.info("servable_draining", servable=str(servable.id))
-
-    def _unload(self, model: Model, servable: Servable) -> None:
-        self._remove(model, servable)
-        self._desk.forget(model, servable.id)
-        self._end_pool(model, servable)
-
-    def _end_pool(self, model: Model, servable: Servable) -> None:
-        """End the workers in the background; their memory and files may go to others then."""
-        pool, servable.pool = servable.pool, None
-        if pool is not None:
-            model.answered_before += pool.answered
-
-        async def end() -> None:
-            if pool is not None:
-                await pool.close()
-            self._readying.give_back(servable)
-            log.info("servable_unloaded", servable=str(servable.id))
-            self._touch(model.name)
-
-        self._start(servable, end())
-
     # --- quarantine ---------------------------------------------------------------------------
 
     def _apply_quarantines(self, model: Model) -> None:
         for servable in list(model.servables.values()):
             quarantine = model.quarantine_of(servable.id)
             if quarantine is not None and servable.is_loaded:
-                self._take_out(model, servable, quarantine)
+                self.take_out(model, servable, quarantine)
             elif quarantine is None and servable.state is State.QUARANTINED:
-                self._remove(model, servable)
+                self._upkeep.remove(model, servable)
                 self._desk.forget(model, servable.id)
                 subject = f"{model.name}/{servable.id.version}"
                 self._listener.happened(EventType.RELEASE, subject, {})
-        self._touch(model.name)
+        self.touch(model.name)
 
-    def _take_out(self, model: Model, servable: Servable, quarantine: Quarantine) -> None:
+    def take_out(self, model: Model, servable: Servable, quarantine: Quarantine) -> None:
         """Route away at once; then end what failed."""
         before = model.in_force
         model.suspected -= {servable.id}
@@ -680,7 +462,7 @@ class Manager:
         if servable.pool is not None:
             servable.pool.retire()
         self._reconcile(model.name)
-        self._end_pool(model, servable)
+        self._upkeep.end_pool(model, servable)
         if servable.id == before.live:
             model.rollbacks[str(quarantine.code)] += 1
             to = model.in_force.live
@@ -689,7 +471,7 @@ class Manager:
                 f"{model.name}/{servable.id.version}",
                 {"to": to and to.version, "code": quarantine.code, "reason": quarantine.reason},
             )
-        self._publish(model)
+        self.publish(model)
 
     # --- what the fault desk has done (loader.fault_desk.Deeds) ---------------------------------
 
@@ -717,7 +499,7 @@ class Manager:
         )
         model.own_quarantines[id.version] = quarantine
         log.warning("servable_quarantined", servable=str(id), code=fault.code, reason=reason)
-        self._take_out(model, servable, quarantine)
+        self.take_out(model, servable, quarantine)
         self._listener.quarantined(model.name, id, quarantine, fault)
 
     def cordon(self, device: str, cordon: Cordon) -> None:
@@ -731,7 +513,7 @@ class Manager:
             EventType.DEVICE_CORDONED, f"{self._settings.node}/{device}", cordon.as_json()
         )
         for name in self._models:
-            self._touch(name)
+            self.touch(name)
 
     def is_cordoned(self, device: str) -> bool:
         with contextlib.suppress(BadDevice):
@@ -749,22 +531,14 @@ class Manager:
                 if servable.recipe.device == device:
                     self._desk.forget(model, servable.id)
                     model.suspected -= {servable.id}
-            self._touch(model.name)
+            self.touch(model.name)
 
     def noted(self, model: Model) -> None:
-        self._touch(model.name)
+        self.touch(model.name)
 
     def troubled(self, model: Model, reason: str | None) -> None:
         if model.trouble != reason:
             model.trouble = reason
             model.trouble_answered = model.answered
             log.warning("model_troubled", model=model.name, reason=reason)
-            self._touch(model.name)
-
-
-def _resolved(aspiration: Aspiration, pending: ServableId, id: ServableId) -> Aspiration:
-    return replace(
-        aspiration,
-        live=id if aspiration.live == pending else aspiration.live,
-        canary=id if aspiration.canary == pending else aspiration.canary,
-    )
+            self.touch(model.name)

@@ -18,6 +18,7 @@ from loader.oversight import FaultReport, Oversight
 from loader.worker import ORPHAN, Outcome, Worker
 from registry.inference import (
     HANDED_BACK,
+    RETIRED,
     Array,
     BadInput,
     DeadlineExceeded,
@@ -396,7 +397,7 @@ class WorkerPool:
 
     def _gone(self) -> ServableFailed:
         return ServableFailed(
-            f"{self._id} is being retired", code="RETIRED", fault_class=HANDED_BACK
+            f"{self._id} is being retired", code=RETIRED, fault_class=HANDED_BACK
         )
 
     def _became_idle(self) -> None:

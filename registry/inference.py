@@ -86,6 +86,9 @@ class Poisonous(InferenceError):
     """This input ended workers of this model before and is refused for a while."""
 
 
+RETIRED = "RETIRED"
+"""`ServableFailed.code` of a servable that was taken out."""
+
 HANDED_BACK = "retired"
 """`ServableFailed.fault_class` of a request that no worker began with: nothing failed on it."""
 
@@ -105,6 +108,11 @@ class ServableFailed(InferenceError):
         self.code = code
         self.fault_class = fault_class
         self.answer = answer
+
+    @property
+    def is_final(self) -> bool:
+        """Whether this servable will never answer again: it was taken out."""
+        return self.code == RETIRED
 
     @property
     def was_run(self) -> bool:

@@ -71,7 +71,10 @@ async def dispatch(
                 raise DeadlineExceeded(f"no time left after: {failure}") from failure
             if sum(each.was_run for each in failures) > 1 or len(failures) == TRIES_MAX:
                 return _given_up(choice, failures)
-            at = _second_choice(serving, route, at, predictor)
+            again = _second_choice(serving, route, at, predictor)
+            if again.servable == at.servable and failure.is_final:
+                return _given_up(choice, failures)
+            at = again
             continue
         for failed, why in zip(failed_on, failures, strict=True):
             failed.answered_after(why, by_other=failed is not predictor)
