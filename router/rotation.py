@@ -93,7 +93,7 @@ class Rotation:
             or documents.get(model) is not self._documents.get(model)
             or fleet.members is not before.members
         }
-        self._documents = documents
+        self._documents = dict(documents)  # the caller's may go on changing
         for model in changed:
             self._reroute(model)
         self._pools.clear()
