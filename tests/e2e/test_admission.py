@@ -736,40 +736,35 @@ async def test_a_load_that_hangs(small: Small) -> None:
 # --- starts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", ["a bad document", "a version that fails"])
-async def test_a_node_that_starts_with_a_broken_document(
-    etcd: EtcdCluster, tmp_path: Path, broken: str
-) -> None:
-    """It serves what the others serve: the one before, with its memory and without."""
+async def test_a_node_that_starts_with_broken_documents(etcd: EtcdCluster, tmp_path: Path) -> None:
+    """It serves what the others serve, the one before, with what it remembers and without."""
     good = make_mlp(tmp_path / "1", seed=1, tag=1)
     bad = models.cut_last_tensor(good, tmp_path / "2")
-    prefix = f"/start/{broken.replace(' ', '-')}"
-    async with running_node(etcd, tmp_path / "node", prefix=prefix) as node:
-        first = await node.apply("m", document("m", "1", {"1": good}, rollback={"bake_s": 0}))
-        if broken == "a bad document":
-            revision = await node.put("m", "spec: {live: 1}\n")
-            await node.refused("m", revision)
-        else:
-            revision = await node.put("m", document("m", "2", {"1": good, "2": bad}))
-            await node.failed("m", revision, "2")
+    async with running_node(etcd, tmp_path / "node", prefix="/start") as node:
+        before = {
+            model: await node.apply(model, document(model, "1", {"1": good}))
+            for model in ("unreadable", "failing")
+        }
+        unreadable = await node.put("unreadable", "spec: {live: 1}\n")
+        failing = await node.put("failing", document("failing", "2", {"1": good, "2": bad}))
         for cache in ("cache", "nothing-known"):
+            await node.refused("unreadable", unreadable)
+            await node.failed("failing", failing, "2")
             await node.stop()
             await node.start(cache=cache)
-            status = await node.until(
-                "m",
-                lambda s: s["live"] == "1" and s["revision"] == revision,
-                what=f"the good version after a restart with {cache}",
-            )
-            await check_tag(node, "m", 1.0)
-            assert status["accepted"] is (broken != "a bad document")
-            if broken == "a bad document":
-                assert status["applied_revision"] == first["applied_revision"]
-                assert status["error"]
-            else:
-                await node.failed("m", revision, "2")
+            for model in before:
+                status = await node.until(
+                    model,
+                    lambda s: s["live"] == "1" and s["revision"] in (unreadable, failing),
+                    what=f"{model}: the good version after a restart with {cache}",
+                )
+                await check_tag(node, model, 1.0)
+                assert status["applied_revision"] == before[model]["applied_revision"]
+                assert status["accepted"] is (model == "failing")
         third = make_mlp(tmp_path / "3", seed=3, tag=3)
-        await node.apply("m", document("m", "3", {"3": third}))
-        await check_tag(node, "m", 3.0)
+        for model in before:
+            await node.apply(model, document(model, "3", {"3": third}))
+            await check_tag(node, model, 3.0)
 
 
 # --- a real model --------------------------------------------------------------------------------
