@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -54,6 +54,7 @@ from router.ports import Check, Health
 log = structlog.get_logger(__name__)
 
 ZYGOTE_RETRY_S = 5.0
+PART_RETRY_S = 2.0
 LEAVE_FIRST_S = 0.5
 """How long accepting goes on while this node's keys are taken out of etcd."""
 
@@ -245,7 +246,6 @@ class Node:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        failed: list[asyncio.Task[None]] = []
         try:
             self._http = await self._app.start(settings.host, settings.port)
         except OSError as exc:
@@ -266,39 +266,42 @@ class Node:
             await self._session.start()
             await self._events.start()
             self.happened(EventType.NODE_JOINED, settings.id, {"http": self._http})
+            parts: dict[str, Callable[[], Awaitable[None]]] = {
+                "manager": self._manager.run,
+                "routes": self._complete_routes,
+                "follower": self._follower.run,
+                "zygote": self._keep_zygote,
+                "verdicts": self._verdicts.run,
+                "applied": self._applied.run,
+                "prober": self._prober.run,
+                "gpus": self._watch_gpus,
+            }
             tasks = [
-                asyncio.create_task(work, name=name)
-                for name, work in (
-                    ("manager", self._manager.run()),
-                    ("routes", self._complete_routes()),
-                    ("follower", self._follower.run()),
-                    ("zygote", self._keep_zygote()),
-                    ("verdicts", self._verdicts.run()),
-                    ("applied", self._applied.run()),
-                    ("prober", self._prober.run()),
-                    ("gpus", self._watch_gpus()),
-                    ("stop", self._wait_for_stop()),
-                )
+                asyncio.create_task(self._keep(name, part), name=name)
+                for name, part in parts.items()
             ]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            failed = [task for task in tasks[:-1] if task.done()]
-            for task in failed:
-                log.error("node_part_ended", part=task.get_name(), error=repr(task.exception()))
+            await self._stop.wait()
             await self._drain()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         log.info("node_stopped", node=settings.id)
-        return 1 if failed else 0
+        return 0
+
+    async def _keep(self, name: str, part: Callable[[], Awaitable[None]]) -> None:
+        """Run one part for ever. What goes wrong in it is no reason to stop serving."""
+        while True:
+            try:
+                await part()
+                return
+            except Exception:
+                log.exception("node_part_failed", part=name)
+            await asyncio.sleep(PART_RETRY_S)
 
     async def _complete_routes(self) -> None:
         """Only once the documents were read is a model that is not among them unknown: 404."""
         await self._follower.configs_known.wait()
         self._app.publish(self._routes.complete())
-        await asyncio.Event().wait()
-
-    async def _wait_for_stop(self) -> None:
-        await self._stop.wait()
 
     def _print_ready(self) -> None:
         line = {
@@ -323,7 +326,7 @@ class Node:
     async def _watch_gpus(self) -> None:
         """What the driver says of a device weighs more than what its versions do."""
         if not await self._gpus.start():
-            await asyncio.Event().wait()  # no driver, no GPU: nothing to watch, nothing wrong
+            return  # no driver, no GPU: nothing to watch, nothing wrong
         async for event in self._gpus.events():
             log.warning("gpu_event", device=event.device, xid=event.xid)
             if event.fault is not None:
