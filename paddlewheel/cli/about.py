@@ -24,7 +24,8 @@ def version(output: OutputFormat) -> None:
 
 
 @click.command()
-def schema() -> None:
+@output_option
+def schema(output: OutputFormat) -> None:
     """Print the JSON Schema of model documents, for editors and CI.
 
     \b
@@ -32,6 +33,7 @@ def schema() -> None:
       paddlewheel schema > paddlewheel.schema.json
       # yaml-language-server: $schema=./paddlewheel.schema.json   (first line of a document)
     """
+    del output  # JSON either way; taken so that every reading command takes the flag
     from paddlewheel.cli.output import print_json
     from registry.schema import model_schema
 

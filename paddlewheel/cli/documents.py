@@ -78,8 +78,9 @@ def read(path: str) -> Read:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The document files at or below ``path``, sorted; hidden files and folders are passed over.
+    """The document files at or below ``path``, sorted.
 
+    Hidden files and folders are passed over, and so is what belongs to a model that lies there too.
     Raises `OSError` where the folder cannot be listed.
     """
     if not path.is_dir():
@@ -93,8 +94,20 @@ def _below(folder: Path) -> Iterator[Path]:
             continue
         if entry.is_dir():
             yield from _below(entry)
-        elif entry.suffix in SUFFIXES:
+        elif entry.suffix in SUFFIXES and not _is_of_a_model(entry):
             yield entry
+
+
+def _is_of_a_model(file: Path) -> bool:
+    """Whether it is a program (``inference.json``) or its description (``inference.yml``, as
+    PaddleOCR exports it) rather than a document: it goes by the name of a params file beside it.
+    """
+    if not file.with_suffix(".pdiparams").is_file():
+        return False
+    try:
+        return b"apiVersion" not in file.read_bytes()
+    except OSError:
+        return False  # whoever reads it says why it cannot be read
 
 
 def _load(files: Iterable[Path]) -> Iterator[tuple[str, bytes | OSError]]:

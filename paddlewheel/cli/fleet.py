@@ -118,5 +118,10 @@ def _print_event(event: dict[str, Any], output: OutputFormat) -> None:
         return
     data = event.get("data")
     shown = data if isinstance(data, str) else orjson.dumps(data).decode() if data else ""
-    time, kind, subject = (str(event.get(field) or "-") for field in ("time", "type", "subject"))
-    console().print(cell(f"{time}  "), cell(kind, "bold"), cell(subject), visible(shown))
+    time, kind, subject, source = (
+        str(event.get(field) or "-") for field in ("time", "type", "subject", "source")
+    )
+    node = source.rpartition("/")[2]
+    console().print(
+        cell(f"{time}  "), cell(node), cell(kind, "bold"), cell(subject), visible(shown)
+    )

@@ -116,6 +116,8 @@ def history(model: str, etcd: EtcdOptions, output: OutputFormat) -> None:
     async def work(connection: Connection) -> tuple[list[Any], Revision | None]:
         current = await connection.store.get(connection.keys.model(name))
         entries = await read_history(connection, name)
+        if current is None and not entries:
+            raise NoSuchDocument(f"no document for {model!r}, and no history of one")
         return entries, None if current is None else current.mod_revision
 
     entries, current = with_etcd(etcd, work)

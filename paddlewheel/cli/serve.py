@@ -25,6 +25,19 @@ def _labels(
     return labels
 
 
+def _devices(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    from loader.devices import BadDevice, DeviceSpec
+
+    for value in values:
+        try:
+            DeviceSpec.parse(value)
+        except BadDevice as exc:
+            raise click.BadParameter(str(exc)) from exc
+    return values
+
+
 def serving_options(command: Decorated) -> Decorated:
     """Flags that a node has and that `up` hands on to its nodes."""
     for option in (
@@ -64,7 +77,7 @@ def serving_options(command: Decorated) -> Decorated:
         ),
         click.option(
             "--device", "devices", multiple=True, default=("cpu",), metavar="cpu|gpu:N",
-            show_default=True,
+            show_default=True, callback=_devices,
             help="A device of this node, with a quota: gpu:0,memoryMB=16000; may be given again.",
         ),
     ):  # fmt: skip
@@ -92,9 +105,7 @@ def label_option(help_text: str) -> Callable[[Decorated], Decorated]:
     help="Where others reach this node, when that is not where it listens.",
 )  # fmt: skip
 @click.option("--id", "node_id", metavar="ID", help="This node's name.  [the host's name]")
-def node(
-    etcd: EtcdOptions, listen: str, node_id: str | None, **settings: Any
-) -> None:
+def node(etcd: EtcdOptions, listen: str, node_id: str | None, **settings: Any) -> None:
     """Serve models as the documents in etcd say.
 
     Prints one line of JSON on stdout when HTTP listens; logs go to stderr as JSON lines.
@@ -126,6 +137,15 @@ def node(
     raise SystemExit(status)
 
 
+def _embedded_by_default(command: click.Command) -> click.Command:
+    """Other commands look for a running `up`; this one is it."""
+    for param in command.params:
+        if isinstance(param, click.Option) and param.name == "etcd":
+            param.help = "Use this etcd rather than one of our own.  [embedded]"
+    return command
+
+
+@_embedded_by_default
 @click.command("up")
 @etcd_options
 @serving_options

@@ -35,6 +35,7 @@ BAD = frozenset({Standing.REFUSED, Standing.FAILED, Standing.DEVIATES})
 """Standings that waiting does not mend."""
 
 _LOST = frozenset({"FAILED", "QUARANTINED"})
+_COMING = frozenset({"NEW", "FETCHING", "LOADING", "WARMING", "READY"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +90,20 @@ def _refusal(status: ModelStatus) -> str:
 
 
 def _lost(servables: Sequence[ServableStatus], wanted: Sequence[Version]) -> ServableStatus | None:
-    """A servable of a wanted version of which every servable is lost; ``None`` if there is none.
+    """A servable of a wanted version that will not come; ``None`` if there is none.
 
-    A version may have two servables: the same text with other bytes loads beside the old one.
+    A version may have two servables: the same text with other bytes loads beside the old one. Then
+    the version is lost when both are, or when the new one failed and nothing wanted is on its way:
+    the old bytes serve on.
     """
+    mine = [servable for servable in servables if servable.version in wanted]
     for version in wanted:
-        mine = [servable for servable in servables if servable.version == version]
-        if mine and all(servable.state in _LOST for servable in mine):
-            return mine[-1]
-    return None
+        own = [servable for servable in mine if servable.version == version]
+        if own and all(servable.state in _LOST for servable in own):
+            return own[-1]
+    if any(servable.state in _COMING for servable in mine):
+        return None
+    return next((servable for servable in mine if servable.state == "FAILED"), None)
 
 
 def _progress(servables: Sequence[ServableStatus], wanted: Sequence[Version]) -> str:

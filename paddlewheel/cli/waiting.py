@@ -121,7 +121,7 @@ def _reached(fleet: Fleet, goal: _Goal, reporter: Reporter, now_s: float) -> boo
     if goal.bad_since_s is None:
         goal.bad_since_s = now_s
     if now_s - goal.bad_since_s >= SETTLE_S:
-        raise NotConverged("\n".join(f"{goal.model}: {each}" for each in bad))
+        raise NotConverged("; ".join(f"{goal.model}: {each}" for each in bad))
     return False
 
 

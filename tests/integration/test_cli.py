@@ -425,6 +425,7 @@ async def test_history(world: World) -> None:
     lines = (await world.run("history", "ocr")).stdout.splitlines()
     assert lines[1].split()[:3] == [str(first), "2024-05-21T08:00:00.000Z", "1"]
     assert "not readable" in lines[2]
+    await world.run("history", "nope", code=1)
 
 
 async def test_status(world: World) -> None:
@@ -468,6 +469,7 @@ async def test_events(world: World) -> None:
     def event(number: int, subject: str) -> tuple[str, bytes]:
         key = KEYS.event(f"01HYBZ0000000000000000000{number}")
         body = {"specversion": "1.0", "id": str(number), "type": "t", "subject": subject}
+        body |= {"source": "/paddlewheel/nodes/node-7"}
         return key, json.dumps(body | {"data": "\x1b[31mred"}).encode()
 
     for number, subject in ((1, "ocr/1"), (2, "det/1")):
@@ -477,7 +479,9 @@ async def test_events(world: World) -> None:
     shown = await world.json("events", "--model", "ocr")
     assert [each["id"] for each in shown["events"]] == ["1"]
     # What an event says must not be able to paint the terminal.
-    assert "\\x1b[31mred" in (await world.run("events")).stdout
+    listed = (await world.run("events")).stdout
+    assert "\\x1b[31mred" in listed
+    assert "  node-7 t ocr/1 " in listed
     async with world.running("events", "--follow", "--limit", "1") as events:
         assert "det/1" in await events.until("det/1")
         await world.store.put(*event(3, "ocr/2"))
@@ -486,7 +490,8 @@ async def test_events(world: World) -> None:
 
 
 async def test_schema_accepts_what_apply_accepts(world: World) -> None:
-    schema = json.loads((await world.run("schema")).stdout)
+    schema = await world.json("schema")
+    assert schema == json.loads((await world.run("schema")).stdout)
     jsonschema.validate(yaml.safe_load(CANARY), schema)
     broken = yaml.safe_load(CANARY)
     broken["spec"]["lives"] = 1

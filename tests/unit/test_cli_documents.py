@@ -90,6 +90,23 @@ def test_a_folder_is_read_whole_without_hidden_files_and_others(tmp_path: Path) 
     ]
 
 
+def test_models_beside_their_documents_are_not_read_as_documents(tmp_path: Path) -> None:
+    for name, content in {
+        "m.json": '{"apiVersion": "paddlewheel/v1"}',
+        "m.pdiparams": "",
+        "m/1/inference.json": '{"base_code": {}, "program": {}}',
+        "m/1/inference.yml": "Global: {model_name: m}",
+        "m/1/inference.pdiparams": "",
+        "m/1/notes.yml": "left as it is",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert [str(f.relative_to(tmp_path)) for f in find_files(tmp_path)] == [
+        "m/1/notes.yml",
+        "m.json",
+    ]
+
+
 def test_bytes_are_kept_as_they_are() -> None:
     text = document("a").replace("\n", "\r\n") + "# 版本 \u2028# end"
     (found,) = parse_file("f", text.encode()).documents

@@ -54,10 +54,25 @@ def test_a_flag_can_come_from_its_variable() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nope"], ["version", "--nope"], ["diff"], ["get", "-o", "xml"], ["apply"], ["rollback"]],
+    [
+        ["nope"],
+        ["version", "--nope"],
+        ["diff"],
+        ["get", "-o", "xml"],
+        ["apply"],
+        ["rollback"],
+        ["node", "--device", "tpu"],
+        ["up", "--device", "gpu:0,memoryMB=0"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert CliRunner().invoke(root, arguments).exit_code == 2
+
+
+def test_up_says_that_its_etcd_is_its_own() -> None:
+    said = " ".join(CliRunner().invoke(root, ["up", "--help"]).stdout.split())
+    assert "[embedded]" in said
+    assert "the running `up` here" not in said
 
 
 def test_a_misspelt_command_is_guessed() -> None:

@@ -74,6 +74,15 @@ CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
         },
         "loading: 2 FAILED, 2 LOADING",
     ),
+    "the new bytes of the version that serves failed": (
+        {
+            "revision": 9,
+            "applied_revision": 8,
+            "live": "2",
+            "servables": [servable("2", "LIVE"), servable("2", "FAILED", "digest")],
+        },
+        "failed: 2 FAILED: digest",
+    ),
     "a version nobody asks for failed": (
         {"revision": 9, "applied_revision": 9, "live": "2", "servables": [servable("1", "FAILED")]},
         "converged",
