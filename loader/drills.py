@@ -45,7 +45,9 @@ class Order:
     delay_ms: int
 
     def as_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "code": self.code, "delay_ms": self.delay_ms}
+        number = self.code.removeprefix("-").isdigit()
+        code = int(self.code) if number else self.code
+        return {"kind": self.kind, "code": code, "delay_ms": self.delay_ms}
 
 
 @dataclass(slots=True)

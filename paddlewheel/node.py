@@ -197,7 +197,11 @@ class Node:
         self, model: ModelName, servable: ServableId, quarantine: Quarantine, fault: Fault
     ) -> None:
         self._verdicts.quarantined(model, servable, quarantine, fault)
-        data = {"code": fault.code, "class": str(fault.fault_class), "reason": quarantine.reason}
+        data = {
+            "code": quarantine.code,
+            "class": str(fault.fault_class),
+            "reason": quarantine.reason,
+        }
         self.happened(EventType.QUARANTINE, f"{model}/{servable.version}", data)
 
     def baked(self, model: ModelName, servable: ServableId, revision: Revision) -> None:
