@@ -126,15 +126,21 @@ class DocumentAdmission:
         """Set when there may be room for a document that was refused (`now_fitting`)."""
         devices.on_freed(self.room.set)
 
-    def check(self, document: ModelDocument, sizes: Sizes) -> tuple[FieldError, ...]:
-        """Every reason against ``document`` on this node; empty: accepted, and room is kept."""
+    def check(
+        self, document: ModelDocument, sizes: Sizes, *, is_newest: bool = True
+    ) -> tuple[FieldError, ...]:
+        """Every reason against ``document`` on this node; empty: accepted, and room is kept.
+
+        is_newest: of its model. An older one does not end the wait of the newest for room.
+        """
         name = document.metadata.name
-        before = self._wishes.pop(name, None)
+        before = self._wishes.pop(name, None) if is_newest else None
         sources, shortage = self._sources(document), self._shortage(document, sizes)
         if not sources and shortage is None:
             self._promised[name] = {document.spec.placement.device: _total_mb(document, sizes)}
             self.room.set()  # it may be promised less than before
-        elif not sources and isinstance(shortage, _Shortage) and not shortage.is_for_ever:
+        may_fit_later = isinstance(shortage, _Shortage) and not shortage.is_for_ever
+        if is_newest and not sources and may_fit_later:
             is_same = before is not None and before.document == document
             arrival = before.arrival if before and is_same else next(self._arrivals)
             self._wishes[name] = _Wish(document, sizes, arrival)

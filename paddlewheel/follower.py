@@ -151,17 +151,18 @@ class Follower:
         raise AssertionError("tenacity ends with a result or an error")
 
     def _accept(
-        self, loop: asyncio.AbstractEventLoop
+        self, loop: asyncio.AbstractEventLoop, *, is_newest: bool = True
     ) -> Callable[[ModelDocument], tuple[FieldError, ...]]:
         """What a node asks beyond the document itself; called in the thread that parses.
 
         Disks are looked at there; the device pool belongs to the loop and is asked on it.
+        is_newest: not a document of history, while a newer one stays refused.
         """
 
         async def check(
             document: ModelDocument, sizes: Mapping[str, int]
         ) -> tuple[FieldError, ...]:
-            return self._admission.check(document, sizes)
+            return self._admission.check(document, sizes, is_newest=is_newest)
 
         def accept(document: ModelDocument) -> tuple[FieldError, ...]:
             if not self._is_placed_here(document):
@@ -303,11 +304,14 @@ class Follower:
     async def _find_last_accepted(self, model: ModelName) -> None:
         """A node that starts with a broken document serves the one before it, as the others do."""
         loop = asyncio.get_running_loop()
-        accept = self._accept(loop)
+        accept = self._accept(loop, is_newest=False)
         known = self._catalog.models.get(model)
-        if known is None or known.accepted is not None:
+        kv = await self._store.get(self._keys.model(model))
+        if known is None or known.accepted is not None or kv is None:
             return
         async for then in self._history.before(model, known.revision):
+            if then.revision < kv.create_revision:
+                return  # from before the model was deleted
             if not self._is_placed_here(then.document):
                 return  # the others serve it
             if await loop.run_in_executor(self._thread, accept, then.document):
