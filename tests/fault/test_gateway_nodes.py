@@ -36,13 +36,6 @@ async def world(cluster: EtcdCluster, tmp_path: Path) -> AsyncIterator[FleetUnde
         yield world
 
 
-async def until_answers(world: FleetUnderTest, node: str, wanted: bool, *, within_s: float) -> None:
-    async def it_does() -> bool:
-        return bool((await world.seen())[node]["answers"]) is wanted
-
-    await eventually(it_does, within_s=within_s, what=f"{node} answers: {wanted}")
-
-
 async def test_a_node_is_killed_and_comes_back(world: FleetUnderTest) -> None:
     first, *others = world.nodes
     async with traffic(world.gateway.http, world.models, rate_per_s=RATE_PER_S) as running:
@@ -88,10 +81,17 @@ async def test_a_node_is_frozen(world: FleetUnderTest) -> None:
         first.process.signal(signal.SIGSTOP)
         try:
             await world.until_taking(*others, within_s=5)
+
+            async def nobody_waits() -> bool:
+                return (await world.seen())[first.id]["in_flight"] == 0
+
+            await eventually(nobody_waits, within_s=2, what="run elsewhere")
         finally:
             first.process.signal(signal.SIGCONT)
         await world.until_taking(*world.nodes, within_s=BACK_WITHIN_S + TTL_S)
         result = await running.stop()
+    (silent,) = world.gateway.events("node_silent")
+    assert silent["in_flight"] > 0, "nothing was in flight on it"
     slow = [sample for sample in result.samples if sample.latency_s > 0.5]
     assert len(slow) < 0.1 * len(result), result.summary()
     assert result.latency_s(100) < 6, "waited for its deadline"
