@@ -101,7 +101,7 @@ async def test_one_node_is_drilled_and_the_client_does_not_see_it(
     (node,) = json.loads(out)["nodes"]
     assert (node["node"], node["error"]) == ("n1", None)
     assert node["drills"][0] | {"id": ""} == {
-        "id": "", "model": models.name, "version": "2", "kind": "code", "code": "-101",
+        "id": "", "model": models.name, "version": "2", "kind": "code", "code": -101,
         "delay_ms": 0, "share": 1.0, "count": 2, "left": 2, "armed": True,
     }  # fmt: skip
     assert await fleet["n2"].drills_left() == 0
