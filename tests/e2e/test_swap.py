@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
@@ -10,10 +13,14 @@ import pytest_asyncio
 
 from paddlewheel.models import make_mlp
 from tests.e2e.running import (
+    OUTPUT,
     RunningNode,
     document,
+    is_alive,
     mlp_requests,
+    rows,
     running_node,
+    states_of,
     traffic_to,
 )
 from tests.etcd import EtcdCluster, etcd_cluster
@@ -114,6 +121,44 @@ async def test_a_canary_promoted(node: RunningNode, folders: Mapping[str, Path])
         assert (status["live"], status["canary"], status["standby"]) == ("1", None, "0")
         assert node.worker_pids() <= workers
         assert await traffic.goes_on() == {"1"}
+
+
+async def test_a_request_under_way_is_answered_by_the_version_it_began_with(
+    node: RunningNode, folders: Mapping[str, Path]
+) -> None:
+    """What is swapped out is drained: nobody new, and everybody there gets an answer."""
+    limits = {"timeout_s": 60, "hang_s": 50}
+    workers = node.worker_pids()
+    await node.apply("slow", document("slow", "8", folders, limits=limits))
+    (worker,) = node.worker_pids() - workers
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        # One that runs, and some that the worker has not begun.
+        under_way = [asyncio.create_task(node.infer("slow", {"x": rows(1)})) for _ in range(5)]
+        await eventually(lambda: in_flight(node), within_s=5, what="five requests under way")
+        text = document("slow", "9", folders, limits=limits, rollback={"bake_s": 0})
+        await node.apply("slow", text)
+        await node.until("slow", lambda s: states_of(s, "8") == ["DRAINING"], what="8 DRAINING")
+        assert (await node.infer("slow", {"x": rows(1)})).version == "9"
+        assert not any(task.done() for task in under_way)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    answers = await asyncio.gather(*under_way)
+    assert [answer.status for answer in answers] == [200] * 5
+    for answer in answers:
+        assert answer.outputs()[OUTPUT][0, -1] == float(answer.version)
+    assert answers[0].version == "8"
+    await node.until("slow", lambda s: states_of(s, "8") == [], what="8 unloaded")
+    await eventually(lambda: not is_alive(worker), within_s=5, what="its worker ended")
+    await node.delete("slow")
+
+
+async def in_flight(node: RunningNode) -> bool:
+    metrics = (await node.get("/metrics")).body.decode()
+    return any(
+        "in_flight" in line and 'model="slow"' in line and line.endswith((" 5", " 5.0"))
+        for line in metrics.splitlines()
+    )
 
 
 async def test_two_models_do_not_mix(node: RunningNode, folders: Mapping[str, Path]) -> None:
