@@ -279,9 +279,12 @@ class DevicePool:
     # --- cordon -----------------------------------------------------------------------------
 
     def cordon(self, device: str, cordon: Cordon) -> bool:
-        """Let nothing new onto ``device``; what is there stays. False when it was cordoned."""
+        """Let nothing new onto ``device``; what is there stays. False when it was cordoned.
+
+        What the driver says replaces what runs had led to: no good run lifts it.
+        """
         on = self._known(device)
-        if on.cordon is not None:
+        if on.cordon is not None and (on.cordon.is_hardware or not cordon.is_hardware):
             return False
         on.cordon = cordon
         return True

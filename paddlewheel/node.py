@@ -241,7 +241,9 @@ class Node:
         self._session.set(self._keys.node(self._settings.id), record.to_json())
 
     def _readings(self) -> Iterable[Reading]:
-        return readings(self._manager, self._session, self._follower, self._devices)
+        return readings(
+            self._manager, self._session, self._follower, self._devices, self._gpus.readings
+        )
 
     # --- life ---------------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from loader.devices import DevicePool
+from loader.host_memory import HostMemory
 from loader.lifecycle import State
 from loader.manager import Manager
+from loader.nvml import GpuReading
 from paddlewheel.follower import Follower
 from registry.session import Session
 from router.metrics import Reading
@@ -16,12 +18,17 @@ MB = float(1 << 20)
 
 
 def readings(
-    manager: Manager, session: Session, follower: Follower, devices: DevicePool
+    manager: Manager,
+    session: Session,
+    follower: Follower,
+    devices: DevicePool,
+    gpus: Sequence[GpuReading],
 ) -> Iterator[Reading]:
     """What is now; called for each scrape."""
     yield from _models(manager, follower)
     yield from _servables(manager)
-    yield from _devices(devices)
+    yield from _devices(devices, gpus)
+    yield from _gpus(gpus)
     counters = session.counters
     yield Reading("lease_held", "1 while this node's lease is held.", (({}, session.has_lease),))
     yield Reading(
@@ -114,8 +121,11 @@ def _servables(manager: Manager) -> Iterator[Reading]:
     yield Reading("gpu_error", "Faults of servables, by code.", tuple(errors), is_counter=True)
 
 
-def _devices(devices: DevicePool) -> Iterator[Reading]:
+def _devices(devices: DevicePool, gpus: Sequence[GpuReading]) -> Iterator[Reading]:
+    """Of a GPU, used is what the driver says; of the CPU, what counts against its memory."""
     usage = devices.usage()
+    used_mb = {gpu.device: gpu.memory_used_mb for gpu in gpus}
+    used_mb["cpu"] = HostMemory().used_mb()
     yield Reading(
         "device_quota_bytes", "Memory that models may take.",
         tuple(({"device": each.id}, each.quota_mb * MB) for each in usage),
@@ -127,4 +137,35 @@ def _devices(devices: DevicePool) -> Iterator[Reading]:
     yield Reading(
         "device_waiting", "Loads that wait for memory.",
         tuple(({"device": each.id}, float(each.waiting)) for each in usage),
+    )  # fmt: skip
+    yield Reading(
+        "device_used_bytes", "Memory in use on the device, by whomever.",
+        tuple(
+            ({"device": each.id}, used * MB)
+            for each in usage
+            if (used := used_mb.get(each.id)) is not None
+        ),
+    )  # fmt: skip
+    yield Reading(
+        "device_cordoned", "1 while the device takes nothing new.",
+        tuple(({"device": each.id}, each.cordoned is not None) for each in usage),
+    )  # fmt: skip
+
+
+def _gpus(gpus: Sequence[GpuReading]) -> Iterator[Reading]:
+    yield Reading(
+        "gpu_temperature_celsius", "As the driver says.",
+        tuple(
+            ({"device": gpu.device}, float(gpu.temperature_c))
+            for gpu in gpus
+            if gpu.temperature_c is not None
+        ),
+    )  # fmt: skip
+    yield Reading(
+        "gpu_ecc_uncorrected", "Uncorrected memory errors since the driver was loaded.",
+        tuple(
+            ({"device": gpu.device}, float(gpu.ecc_uncorrected))
+            for gpu in gpus
+            if gpu.ecc_uncorrected is not None
+        ),
     )  # fmt: skip

@@ -299,3 +299,45 @@ def test_v1_unlimited_is_a_huge_number(tmp_path: Path) -> None:
 def test_this_machine_can_be_read() -> None:
     host = HostMemory()
     assert 0 < host.used_mb() <= host.usable_mb()
+
+
+# --- who is told ------------------------------------------------------------------------------
+
+
+def test_whoever_asked_is_told_of_freed_memory() -> None:
+    devices = pool(1000)
+    told: list[int] = []
+    devices.on_freed(lambda: told.append(devices.free_mb("gpu:0")))
+    devices.reserve("a", "gpu:0", 600)
+    assert told == []
+    devices.enqueue("b", "gpu:0", 500, lambda: None)
+    devices.release("a")
+    assert told == [500], "those in line had theirs first"
+    devices.reserve("b", "gpu:0", 300)
+    devices.reserve("b", "gpu:0", 400)
+    assert told == [500, 700]
+    assert not devices.release("nobody")
+    devices.cordon("gpu:0", BROKEN)
+    devices.uncordon("gpu:0")
+    assert told == [500, 700, 600]
+
+
+def test_the_priority_of_the_first_in_line() -> None:
+    devices = pool(1000)
+    assert devices.waiting_priority("gpu:0") is None
+    devices.reserve("a", "gpu:0", 1000)
+    devices.enqueue("b", "gpu:0", 1, lambda: None, priority=LOW)
+    assert devices.waiting_priority("gpu:0") is LOW
+    devices.enqueue("c", "gpu:0", 1, lambda: None, priority=HIGH)
+    assert devices.waiting_priority("gpu:0") is HIGH
+    devices.release("a")
+    assert devices.waiting_priority("gpu:0") is None
+
+
+def test_what_the_driver_says_replaces_what_runs_had_led_to() -> None:
+    devices = pool()
+    assert devices.cordon("gpu:0", Cordon("700", "both versions", "2024-06-10T00:00:00.000Z"))
+    assert devices.cordon("gpu:0", BROKEN)
+    assert devices.cordoned("gpu:0") == BROKEN
+    assert not devices.cordon("gpu:0", Cordon("700", "again", "2024-06-10T00:00:00.000Z"))
+    assert devices.cordoned("gpu:0") == BROKEN
