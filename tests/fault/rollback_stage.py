@@ -7,7 +7,6 @@ answer of the traffic is held against that version's own numbers.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +18,6 @@ from typing import Any
 import aiohttp
 
 from paddlewheel.bench.load_process import LoadProcess, Plan
-from paddlewheel.bench.samples import Result
 from registry.etcd import EtcdStore
 from registry.names import ModelName, NodeId, Revision, Version
 from registry.records import ModelStatus, Quarantine, ServableStatus
@@ -59,6 +57,14 @@ class DrilledNode(Command):
     async def drills_left(self) -> int:
         _, body = await self.call("GET", "/admin/drill")
         return sum(drill["left"] for drill in body["drills"])
+
+    async def until_drilled(self) -> None:
+        """Until no drill is left."""
+
+        async def is_over() -> bool:
+            return not await self.drills_left()
+
+        await eventually(is_over, within_s=20, what="the drill is over")
 
     async def servables(self, model: ModelName) -> dict[str, Mapping[str, Any]]:
         """By version, from the node itself."""
@@ -138,7 +144,9 @@ class Fleet:
         except AssertionError:
             shown = None if last[0] is None else last[0].to_json().decode()
             log = self[id].tail() if id in self.nodes else ""
-            raise AssertionError(f"{id}: not within {within_s:g} s: {what}: {shown}\n{log}") from None
+            raise AssertionError(
+                f"{id}: not within {within_s:g} s: {what}: {shown}\n{log}"
+            ) from None
         assert last[0] is not None
         return last[0]
 
@@ -175,13 +183,21 @@ class Fleet:
 
     # --- what to serve --------------------------------------------------------------------------
 
-    async def serve(self, models: Models, live: str = "2", before: str | None = "1") -> Revision:
-        """Have ``live`` served everywhere, with ``before`` as its standby."""
+    async def serve(
+        self,
+        models: Models,
+        live: str = "2",
+        *,
+        before: str | None = "1",
+        standby: str | None = "before",
+    ) -> Revision:
+        """Have ``live`` served everywhere after ``before``, which is its standby unless said."""
         if before is not None:
             revision = await models.put(self.store, before)
             await self.until_serves(models.name, before, revision=revision)
         revision = await models.put(self.store, live)
-        await self.until_serves(models.name, live, standby=before, revision=revision)
+        standby = before if standby == "before" else standby
+        await self.until_serves(models.name, live, standby=standby, revision=revision)
         return revision
 
 
@@ -234,10 +250,29 @@ def servable(status: ModelStatus, version: str) -> ServableStatus:
     return found[0]
 
 
-def longest_wait_s(result: Result) -> float:
-    return max(sample.latency_s for sample in result)
+@dataclass(frozen=True)
+class Asked:
+    """One request's answer."""
+
+    status: int
+    version: str
+    retry_after: str | None
+    text: str
 
 
-@contextlib.contextmanager
-def nothing_else_changed(before: Mapping[str, list[int]]) -> Any:
-    yield before
+async def ask(command: Command, models: Models, **headers: str) -> Asked:
+    """One inference, as JSON."""
+    body = {"inputs": {"x": [[0.5] * 64]}}
+    timeout = aiohttp.ClientTimeout(total=20)
+    url = f"{command.http}/v1/models/{models.name}/predict"
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.post(url, json=body, headers=headers) as answer,
+    ):
+        shown = answer.headers
+        return Asked(
+            answer.status,
+            shown.get("X-Model-Version", ""),
+            shown.get("Retry-After"),
+            await answer.text(),
+        )
