@@ -57,7 +57,7 @@ class Inspection:
         route = serving.table.route(model)
         choice = _pick(serving, model, version, None)
         signature = serving.predictors[choice].signature
-        versions = [*route.pinned] if version is None else [choice.version]
+        versions = [*route.loaded] if version is None else [choice.version]
         return json_reply(
             open_inference.metadata(model, [str(v) for v in versions], signature, PLATFORM),
             X_Config_Revision=str(route.revision),

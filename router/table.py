@@ -6,6 +6,7 @@ reference. It holds plain values only, so that it can be rendered for another da
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -70,6 +71,11 @@ class Route:
     """Why ``live`` is not what the document asks for, when it is not."""
 
     @property
+    def loaded(self) -> tuple[Version, ...]:
+        """The versions that can be pinned: 2 before 10, whatever came first."""
+        return tuple(sorted(self.pinned, key=_number_order))
+
+    @property
     def default(self) -> Choice | None:
         """Where a request goes that no rule takes: live, else standby, else nowhere."""
         if self.live is not None:
@@ -101,14 +107,14 @@ class Route:
         if label == CANARY:
             if self.canary is None:
                 raise UnknownVersion(
-                    self.model, label, loaded=tuple(self.pinned), reason="no canary is rolled out"
+                    self.model, label, loaded=self.loaded, reason="no canary is rolled out"
                 )
             return Choice(self.canary, CANARY, rule)
         if label != STABLE:
             raise UnknownVersion(
                 self.model,
                 label,
-                loaded=tuple(self.pinned),
+                loaded=self.loaded,
                 reason="labels are stable and canary",
             )
         default = self.default
@@ -120,7 +126,7 @@ class Route:
         return UnknownVersion(
             self.model,
             version,
-            loaded=tuple(self.pinned),
+            loaded=self.loaded,
             reason=self.unavailable.get(Version(version)),
         )
 
@@ -145,6 +151,11 @@ class Route:
             "reason": self.reason,
             "config_revision": self.revision,
         }
+
+
+def _number_order(version: Version) -> list[tuple[int, str]]:
+    parts = re.split(r"([0-9]+)", version)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)

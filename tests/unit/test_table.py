@@ -79,6 +79,13 @@ def test_an_unknown_version_lists_the_loaded_ones_and_says_why() -> None:
     assert "1, 2, 3" in str(caught.value)
 
 
+def test_versions_are_listed_in_their_own_order() -> None:
+    versions = ("10", "2", "1.4.0", "1.4.0-canary.2", "v1", "1.10.0", "20240521")
+    route = Route(M, live=V1, pinned={Version(version): V1 for version in versions})
+    wanted = ("1.4.0", "1.4.0-canary.2", "1.10.0", "2", "10", "20240521", "v1")
+    assert route.loaded == wanted
+
+
 def test_tables_are_values() -> None:
     before = RouteTable().with_route(FULL)
     after = before.with_route(Route(M, live=V1, revision=Revision(12)))
