@@ -121,7 +121,8 @@ async def _make_serving(worker: Worker, folder: Path, recipe: Recipe) -> None:
 
 async def end(workers: list[Worker]) -> None:
     """Kill what was started; a worker that is not ready has nobody waiting on it."""
-    for worker in workers:
+    for worker in workers:  # all of them before the first wait, which may be cancelled
         worker.kill()
+    for worker in workers:
         with contextlib.suppress(Exception):
             await worker.close(timeout_s=2.0)
