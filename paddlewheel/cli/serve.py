@@ -104,7 +104,12 @@ def label_option(help_text: str) -> Callable[[Decorated], Decorated]:
     "--advertise", metavar="URL",
     help="Where others reach this node, when that is not where it listens.",
 )  # fmt: skip
-@click.option("--id", "node_id", metavar="ID", help="This node's name.  [the host's name]")
+@click.option(
+    "--id",
+    "node_id",
+    metavar="ID",
+    help="This node's name, which no other node may have.  [the host's name]",
+)
 def node(etcd: EtcdOptions, listen: str, node_id: str | None, **settings: Any) -> None:
     """Serve models as the documents in etcd say.
 
