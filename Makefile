@@ -4,7 +4,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
-PYTEST_ARGS ?=
+# Whole files go to one of three processes: most tests wait for servers more than they compute.
+PYTEST_ARGS ?= --numprocesses 3 --dist loadfile
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
