@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 
 from loader.devices import DevicePool
-from loader.errors import FetchFailed, WorkerDied
+from loader.errors import FetchFailed, PredictorFault, WorkerDied
 from loader.faults import Fault
 from loader.manager import Manager, ManagerSettings
 from loader.model import ModelView
@@ -35,7 +35,7 @@ from loader.zygote import Zygote
 from paddlewheel.report import Seen, model_status
 from paddlewheel.routes import Routes
 from registry.events import EventType
-from registry.inference import Array, Inference, Signature, TensorSpec
+from registry.inference import Array, Inference, Overloaded, Signature, TensorSpec
 from registry.names import Digest, ModelName, NodeId, Revision, ServableId, Version
 from registry.records import ModelStatus, Quarantine
 from registry.spec import ModelDocument, parse_model
@@ -98,6 +98,11 @@ def quarantine(digest: Digest | None = None, *, code: int | str = 700) -> Quaran
     return Quarantine(
         reason=f"code {code}", code=code, nodes=(NODE,), at=datetime.now(UTC), digest=digest
     )
+
+
+def sticky() -> PredictorFault:
+    """What a run gives on a device whose context is poisoned."""
+    return PredictorFault("CUDA error(700)", code="700", fault_class="sticky")
 
 
 # --- what is played ---------------------------------------------------------------------------
@@ -393,12 +398,28 @@ class ManagedNode:
         self.put(document, revision)
         await self.settle()
 
+    async def fail(self, content: str, times: int = 3) -> None:
+        """So many requests in a row, a second apart, whose run on these bytes poisons a device."""
+        self.world.answers[content].extend([sticky] * times)
+        for _ in range(times):
+            with contextlib.suppress(Overloaded):  # where nothing else could answer it
+                await self.infer()
+            await self.passes(1)
+
     async def infer(
-        self, model: str = MODEL, *, version: str | None = None, within_s: float = 10.0
+        self,
+        model: str = MODEL,
+        *,
+        version: str | None = None,
+        chance: float = 0.99,
+        within_s: float = 10.0,
     ) -> Served:
-        """One request by the route table, as the front door sends it."""
+        """One request by the route table, as the front door sends it.
+
+        chance: below a canary's percent it goes there.
+        """
         serving = self.told.routes.serving
-        choice = serving.table.pick(RequestFacts(model, version))
+        choice = serving.table.pick(RequestFacts(model, version, chance=chance))
         deadline_s = asyncio.get_running_loop().time() + within_s
         return await dispatch(serving, choice, FEEDS, deadline_s=deadline_s)
 
