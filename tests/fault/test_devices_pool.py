@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +120,7 @@ def gauge(metrics: str, name: str) -> float:
 
 
 @asynccontextmanager
-async def watched(node: RunningNode, each_mb: int) -> AsyncIterator[Watch]:
+async def watched(node: RunningNode, each_mb: int) -> AsyncGenerator[Watch]:
     """Look all the time until the end of the block; then nothing may ever have been too much.
 
     each_mb: the least that any worker stands for.
