@@ -25,8 +25,8 @@ from registry.names import ServableId
 log = structlog.get_logger(__name__)
 
 IDLE_S = 10.0
-CORDONED_S = 2.0
-"""How often a cordoned device is tried."""
+LOOK_S = 2.0
+"""How often idle servables are looked for, and a cordoned device is tried."""
 GOOD_IN_A_ROW = 3
 TIMEOUT_S = 30.0
 
@@ -38,31 +38,33 @@ class Prober:
         self._manager = manager
         self._devices = devices
         self._idle_s = idle_s
-        self._answered: dict[ServableId, int] = {}
+        self._seen: dict[ServableId, tuple[int, float]] = {}
+        """The counter of answers as last seen, and since when (loop time) it has been that."""
         self._good: Counter[str] = Counter()
 
     async def run(self) -> None:
         """Probe until cancelled."""
-        next_idle_s = 0.0
         while True:
-            await asyncio.sleep(min(CORDONED_S, self._idle_s))
+            await asyncio.sleep(min(LOOK_S, self._idle_s))
             await self._try_cordoned()
-            if asyncio.get_running_loop().time() >= next_idle_s:
-                next_idle_s = asyncio.get_running_loop().time() + self._idle_s
-                await self._try_idle()
+            await self._try_idle()
 
     async def _try_idle(self) -> None:
-        servables = [s for s in self._loaded() if self._is_idle(s)]
-        await asyncio.gather(*(self._probe_all(servable) for servable in servables))
-        self._answered = {s.id: s.pool.answered for s in self._loaded() if s.pool is not None}
-
-    def _is_idle(self, servable: Servable) -> bool:
-        pool = servable.pool
-        return (
-            pool is not None
-            and not pool.in_flight
-            and self._answered.get(servable.id) == pool.answered
-        )
+        now_s = asyncio.get_running_loop().time()
+        loaded = [(s, s.pool.answered) for s in self._loaded() if s.pool is not None]
+        self._seen = {
+            s.id: seen if (seen := self._seen.get(s.id, (0, now_s)))[0] == answered
+            else (answered, now_s)
+            for s, answered in loaded
+        }  # fmt: skip
+        idle = [
+            s for s, _ in loaded
+            if s.pool and not s.pool.in_flight and now_s - self._seen[s.id][1] >= self._idle_s
+        ]  # fmt: skip
+        await asyncio.gather(*(self._probe_all(s) for s in idle))
+        for servable in idle:
+            if servable.pool is not None:
+                self._seen[servable.id] = (servable.pool.answered, now_s)
 
     async def _try_cordoned(self) -> None:
         for usage in self._devices.usage():
