@@ -169,7 +169,7 @@ class PlayedWorker:
     ) -> None:
         self._runs.append(on_done)
         answers = self.world.answers[self.content]
-        answer = answers.popleft() if answers else self._well
+        answer = answers.popleft() if answers else self.world.always.get(self.content, self._well)
         asyncio.get_running_loop().call_later(self.world.run_s, self._finish, answer)
 
     def _well(self) -> Outcome:
@@ -214,6 +214,8 @@ class World:
         default_factory=lambda: defaultdict[str, deque[Answer]](deque)
     )
     """Bytes (as in `content`) to what their next runs give; a good answer once none is left."""
+    always: dict[str, Answer] = field(default_factory=dict[str, Answer])
+    """The same for every run after those."""
     run_s: float = 0.001
     close_s: float = 0.0
     """How long a worker takes to end."""
