@@ -14,15 +14,8 @@ from registry.names import ModelName, Revision
 from registry.records import HistoryEntry
 from registry.spec import ConfigError, parse_model
 from tests.bad_documents import CASES, BadDocument
-from tests.e2e.running import (
-    RunningNode,
-    Status,
-    Traffic,
-    document,
-    mlp_requests,
-    running_node,
-    traffic_to,
-)
+from tests.e2e.running import RunningNode, Status, document, running_node
+from tests.e2e.traffic import Traffic, mlp_requests, traffic_to
 from tests.etcd import EtcdCluster, etcd_cluster
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -21,7 +21,8 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from paddlewheel.models import make_mlp, make_two_output, reference_two_output
 from registry.inference import Array
 from tests import models
-from tests.e2e.running import RunningNode, document, rows, running_node
+from tests.e2e.running import RunningNode, document, running_node
+from tests.e2e.traffic import rows
 from tests.etcd import EtcdCluster, etcd_cluster
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -22,7 +22,8 @@ from paddlewheel.models import make_mlp, make_two_output, reference, reference_t
 from paddlewheel.models.pir import ProgramWriter
 from registry.inference import DTYPES, Array
 from tests import models
-from tests.e2e.running import OUTPUT, RunningNode, document, reason_of, rows, running_node
+from tests.e2e.running import OUTPUT, RunningNode, document, reason_of, running_node
+from tests.e2e.traffic import rows
 from tests.etcd import EtcdCluster, etcd_cluster
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

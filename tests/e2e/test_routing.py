@@ -22,10 +22,10 @@ from tests.e2e.running import (
     RunningNode,
     document,
     reason_of,
-    rows,
     running_node,
     states_of,
 )
+from tests.e2e.traffic import rows
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
 
