@@ -170,7 +170,11 @@ class PlayedWorker:
         self._runs.append(on_done)
         answers = self.world.answers[self.content]
         answer = answers.popleft() if answers else self.world.always.get(self.content, self._well)
-        asyncio.get_running_loop().call_later(self.world.run_s, self._finish, answer)
+        loop = asyncio.get_running_loop()
+        if self.world.run_s > hang_s:
+            loop.call_later(hang_s, self.die, "HANG")
+        else:
+            loop.call_later(self.world.run_s, self._finish, answer)
 
     def _well(self) -> Outcome:
         return Inference({"y": np.zeros(1, "float32")}, 0.0, self.world.run_s)
