@@ -91,6 +91,26 @@ def packed(message: Mapping[str, Any]) -> bytes:
     return data
 
 
+def joined(messages: Sequence[bytes]) -> list[bytes]:
+    """As few packets as these messages fit into, in their order; `messages_of` takes one apart."""
+    groups: list[list[bytes]] = []
+    size = MESSAGE_MAX_BYTES
+    for message in messages:
+        size += len(message) + 1
+        if size > MESSAGE_MAX_BYTES:
+            groups.append([])
+            size = len(message) + 2
+        groups[-1].append(message)
+    # One alone stays as it is: it may be as large as a packet.
+    return [g[0] if len(g) == 1 else b"[" + b",".join(g) + b"]" for g in groups]
+
+
+def messages_of(packet: bytes) -> list[dict[str, Any]]:
+    """The worker's side of `joined`: the front's own words, so a mistake raises as a bug."""
+    found = orjson.loads(packet)
+    return cast("list[dict[str, Any]]", found if isinstance(found, list) else [found])
+
+
 def unpacked(data: bytes) -> dict[str, Any]:
     """Raises `Nonsense`."""
     try:

@@ -75,6 +75,9 @@ class Worker:
         self._runs: deque[tuple[int, _Run]] = deque()
         self._call: tuple[int, asyncio.Future[Body]] | None = None
         self._last_id = 0
+        self._outbox: list[bytes] = []
+        """Runs submitted in this turn of the loop. They leave together, at its end: waking the
+        worker costs more than a small run does."""
         self._blame: str | None = None
         self._is_open = True
         self._is_closing = False
@@ -221,7 +224,15 @@ class Worker:
             if self._watchdog is not None:
                 self._watchdog.cancel()
             self._watchdog = self._loop.call_later(hang_s, self._watch)
-        self._send_bytes(data)
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append(data)
+
+    def _flush(self) -> None:
+        if self._outbox and self._is_open:
+            outbox, self._outbox = self._outbox, []
+            for packet in wire.joined(outbox):
+                self._send_bytes(packet)
 
     def _watch(self) -> None:
         """One timer a worker, wound up lazily: a run's start and end do not touch it."""
@@ -345,6 +356,7 @@ class Worker:
         """
         self._is_closing = True
         if self._is_open:
+            self._flush()
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
             try:

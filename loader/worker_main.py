@@ -140,14 +140,19 @@ class WorkerProcess:
         gc.freeze()
         self._answer(wire.packed({"id": message["id"], "ok": {}}))
         while True:
-            self._answer(self._run(self._next()))
+            for run in wire.messages_of(self._packet()):
+                # One by one: an answer held back would make its input the suspect of a later crash.
+                self._answer(self._run(run))
 
     def _next(self) -> dict[str, Any]:
+        return wire.unpacked(self._packet())
+
+    def _packet(self) -> bytes:
         try:
             data = self._sock.recv(wire.MESSAGE_MAX_BYTES)
         except ConnectionResetError:
             _exit(0)
-        return wire.unpacked(data) if data else _exit(0)
+        return data or _exit(0)
 
     def _answer(self, data: bytes) -> None:
         try:

@@ -48,10 +48,14 @@ class Peer:
         self.cause: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         pidfd = os.pidfd_open(self.process.pid)
         self.worker = Worker(self.process.pid, pidfd, ours, slots, self.cause)
+        self._received: list[dict[str, Any]] = []
 
     async def next(self) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        return wire.unpacked(await asyncio.wait_for(loop.sock_recv(self.sock, 1 << 18), 5))
+        if not self._received:
+            packet = await asyncio.wait_for(loop.sock_recv(self.sock, 1 << 18), 5)
+            self._received += wire.messages_of(packet)
+        return self._received.pop(0)
 
     def answer(self, message: dict[str, Any], *, run_s: float = 0.001, **arrays: Array) -> None:
         """Answer a run as a worker does."""

@@ -117,3 +117,22 @@ def test_a_recipe_crosses_unchanged():
 def test_a_message_larger_than_a_packet_is_refused_by_its_sender():
     with pytest.raises(Nonsense):
         wire.packed({"x": "y" * wire.MESSAGE_MAX_BYTES})
+
+
+@given(st.lists(st.integers(0, 90_000), min_size=1, max_size=12))
+def test_joined_messages_come_apart_in_order_and_no_packet_is_too_large(sizes: list[int]):
+    messages = [wire.packed({"id": n, "pad": "x" * size}) for n, size in enumerate(sizes)]
+    packets = wire.joined(messages)
+    assert all(len(packet) <= wire.MESSAGE_MAX_BYTES for packet in packets)
+    apart = [message for packet in packets for message in wire.messages_of(packet)]
+    assert [(m["id"], len(m["pad"])) for m in apart] == list(enumerate(sizes))
+
+
+def test_small_messages_share_a_packet_and_the_largest_goes_alone():
+    small = wire.packed({"id": 1})
+    largest = wire.packed(
+        {"id": 2, "pad": "x" * (wire.MESSAGE_MAX_BYTES - len('{"id":2,"pad":""}'))}
+    )
+    assert len(largest) == wire.MESSAGE_MAX_BYTES
+    assert wire.joined([small] * 5) == [b"[" + b",".join([small] * 5) + b"]"]
+    assert wire.joined([small, largest, small]) == [small, largest, small]
