@@ -26,8 +26,8 @@ def figures(folder: Path) -> str:
     parts = [
         f"Run of {machine['date']}: {machine['cores']} cores ({machine['architecture']}), "
         f"Python {machine['python']}, paddlepaddle {machine['paddle']}, "
-        f"aiohttp {machine['aiohttp']}. Load average when each ended: "
-        + ", ".join(f"{name} {run['machine']['load_average_1min']}" for name, run in runs.items())
+        f"aiohttp {machine['aiohttp']}. Load average before each began: "
+        + ", ".join(f"{name} {run['machine']['load_average_before']}" for name, run in runs.items())
         + "."
     ]
     for name, run in runs.items():

@@ -9,8 +9,12 @@ from importlib import metadata
 from typing import Any
 
 
-def machine() -> dict[str, Any]:
-    """Date, cores and versions."""
+def machine(*, load_before: float) -> dict[str, Any]:
+    """Date, cores and versions.
+
+    load_before: the load average (1 minute) before the measurement began: above a small fraction
+        of the cores, somebody else used the machine too.
+    """
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cores": len(os.sched_getaffinity(0)),
@@ -18,7 +22,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "paddle": _version("paddlepaddle") or _version("paddlepaddle-gpu"),
         "aiohttp": _version("aiohttp"),
-        "load_average_1min": round(os.getloadavg()[0], 2),
+        "load_average_before": round(load_before, 2),
     }
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from paddlewheel.bench.criteria import Criterion
 
+_LOAD_BEFORE = os.getloadavg()[0]
+"""As this command began: the module is imported for it alone."""
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -185,7 +188,11 @@ def _finish(
     from paddlewheel.bench.report import print_table
     from paddlewheel.cli.output import print_json
 
-    document: Mapping[str, Any] = {**run, "verdict": to_json(criteria), "machine": machine()}
+    document: Mapping[str, Any] = {
+        **run,
+        "verdict": to_json(criteria),
+        "machine": machine(load_before=_LOAD_BEFORE),
+    }
     if save_in is not None:
         save_in.mkdir(parents=True, exist_ok=True)
         text = orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
