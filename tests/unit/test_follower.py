@@ -174,7 +174,7 @@ async def test_the_snapshot_of_another_fleet_is_not_ours(tmp_path: Path) -> None
     async with managed(tmp_path) as node:
         other = follower_of(node, MemoryStore(), tmp_path, keys=Keys("/other"))
         await other.restore()
-        assert not other.configs_known.is_set(), "a node that knows no documents must not say it is ready"
+        assert not other.configs_known.is_set(), "ready, with no documents known"
 
 
 async def test_one_document_too_large_for_history_does_not_stop_history(tmp_path: Path) -> None:
