@@ -21,6 +21,9 @@ from registry.spec import ConfigError, ModelDocument, parse_model
 
 log = structlog.get_logger(__name__)
 
+AFTER_S = 0.05
+"""Routing changed just now, perhaps by a rollback: requests run again before anything is saved."""
+
 
 class Applied:
     """One small file; written off the event loop, only when a live version changed."""
@@ -73,6 +76,7 @@ class Applied:
         """Save until cancelled."""
         while True:
             await self._changed.wait()
+            await asyncio.sleep(AFTER_S)
             self._changed.clear()
             data = orjson.dumps(self._rows)
             try:
