@@ -52,6 +52,7 @@ def _swap(run: Run) -> str:
         ["swap of the routing table: p50, p99",
          "{p50:.0f} us, {p99:.0f} us".format(**run["pointer_swap_us"])],
         ["memory (PSS) before, after", "{before}, {after} MB".format(**run["pss_mb"])],
+        ["of that allocated", "{before}, {after} MB".format(**run["own_mb"])],
         ["open files before, after", "{before}, {after}".format(**run["open_files"])],
     ]  # fmt: skip
     return "\n\n".join([

@@ -52,6 +52,7 @@ def swap(run: Run) -> list[Table]:
         ),
         ("swap of the routing table", _spread(run["pointer_swap_us"], "", "us")),
         ("memory (PSS) before, after", _change(run["pss_mb"], "MB")),
+        ("of that allocated", _change(run["own_mb"], "MB")),
         ("open files before, after", _change(run["open_files"], "")),
     ]  # fmt: skip
     return [

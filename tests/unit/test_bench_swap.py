@@ -20,7 +20,7 @@ from registry.inference import Array
 from registry.names import ModelName
 from registry.spec import parse_model
 
-SMALL = Footprint(pss_mb=100.0, open_files=50, processes=3)
+SMALL = Footprint(pss_mb=400.0, own_mb=100.0, open_files=50, processes=3)
 SWAPS = [Swap("live", 10.0, 10.2), Swap("canary", 12.0, 12.1)]
 
 
@@ -93,10 +93,10 @@ def test_slow_answers_count_for_the_kind_of_swap_they_met() -> None:
 
 
 def test_growth_is_seen() -> None:
-    assert broken(run_of(after=Footprint(106.0, 51, 4))) == {
-        "memory (PSS) after", "open files after", "processes after",
+    assert broken(run_of(after=Footprint(400.0, 106.0, 51, 4))) == {
+        "allocated memory (PSS) after", "open files after", "processes after",
     }  # fmt: skip
-    assert broken(run_of(after=Footprint(104.0, 50, 3))) == set()
+    assert broken(run_of(after=Footprint(900.0, 104.0, 50, 3))) == set()
 
 
 def test_every_step_asks_for_a_version_that_is_not_loaded() -> None:

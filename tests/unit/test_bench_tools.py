@@ -121,6 +121,7 @@ def test_a_footprint_counts_what_is_there() -> None:
     assert own.processes >= 1
     assert own.open_files > 3
     assert own.pss_mb >= pss_mb(os.getpid()) * 0.9 > 1
+    assert 1 < own.own_mb < own.pss_mb
     assert not responsiveness.has_paddle(os.getpid())
 
 
