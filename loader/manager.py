@@ -191,6 +191,7 @@ class Manager:
             if id not in model.orders:
                 model.orders[id] = order
                 model.fallback, model.fallback_revision = id, revision
+                model.fallback_document = document
             self.touch(model.name)
 
     # --- looking ------------------------------------------------------------------------------
@@ -244,7 +245,12 @@ class Manager:
             self._dirty.discard(name)
             if (model := self._models.get(name)) is not None:
                 model.trouble = f"internal error: {exc!r}"
-                asyncio.get_running_loop().call_later(RETRY_FIRST_S, self.touch, name)
+                asyncio.get_running_loop().call_later(RETRY_FIRST_S, self._try_again, model)
+
+    def _try_again(self, model: Model) -> None:
+        """After a step that failed half way: what is in force may never have been published."""
+        self.publish(model)
+        self.touch(model.name)
 
     def touch_all(self) -> None:
         for name in self._models:
@@ -257,8 +263,14 @@ class Manager:
         self._listener.happened(event, subject, data)
 
     def publish(self, model: Model) -> None:
-        if self._models.get(model.name) is model:  # else it is gone from this node
+        """Contained: it is called on the path of a request whose version is taken out."""
+        if self._models.get(model.name) is not model:
+            return  # gone from this node
+        try:
             self._listener.publish(model.view())
+        except Exception:
+            log.exception("publish_failed", model=model.name)
+            asyncio.get_running_loop().call_later(RETRY_FIRST_S, self._try_again, model)
 
     def touch(self, name: ModelName) -> None:
         if name in self._models:
@@ -274,21 +286,28 @@ class Manager:
         return min(times, default=None)
 
     def _wake_expired(self, now_s: float) -> None:
-        for model in self._models.values():
-            wake_s = policy.next_wake_s(self._world(model))
-            if wake_s is not None and wake_s <= now_s:
+        for model in list(self._models.values()):
+            try:
+                self._look_after(model, now_s)
+            except Exception:
+                log.exception("look_failed", model=model.name)
+
+    def _look_after(self, model: Model, now_s: float) -> None:
+        """What time alone brings: the end of a bake, a retry, workers that came and went."""
+        wake_s = policy.next_wake_s(self._world(model))
+        if wake_s is not None and wake_s <= now_s:
+            self._dirty.add(model.name)
+        for id, at_s in list(model.retry_at_s.items()):
+            if at_s <= now_s:
+                del model.retry_at_s[id]
+                servable = model.servables.get(id)
+                if servable is not None and servable.state is State.FAILED:
+                    self._upkeep.remove(model, servable)
                 self._dirty.add(model.name)
-            for id, at_s in list(model.retry_at_s.items()):
-                if at_s <= now_s:
-                    del model.retry_at_s[id]
-                    servable = model.servables.get(id)
-                    if servable is not None and servable.state is State.FAILED:
-                        self._upkeep.remove(model, servable)
-                    self._dirty.add(model.name)
-            if model.trouble is not None and model.answered > model.trouble_answered:
-                self.troubled(model, None)
-            self._report_bake(model)
-            self._look_at_workers(model)
+        if model.trouble is not None and model.answered > model.trouble_answered:
+            self.troubled(model, None)
+        self._report_bake(model)
+        self._look_at_workers(model)
 
     def _look_at_workers(self, model: Model) -> None:
         """Workers die and are replaced without a step of ours: tell the status."""
@@ -395,6 +414,8 @@ class Manager:
         model.in_force = to
         if to.revision == model.aspired_revision:
             self._take_up(model)
+        elif to.live is not None and to.live == model.fallback and model.document is None:
+            model.document = model.fallback_document
         for servable in model.servables.values():
             if servable.is_loaded:
                 role = policy.role(servable.id, to)
@@ -433,6 +454,8 @@ class Manager:
         in_force = model.in_force
         if in_force.live is None or model.aspiration is None or model.trouble is not None:
             return
+        if model.document is None or not model.document.spec.lists(in_force.live.version):
+            return  # the record that was written when it was asked for says where it comes from
         if in_force.bake_until_s > asyncio.get_running_loop().time():
             return
         proven = (in_force.live, in_force.revision)
@@ -447,6 +470,8 @@ class Manager:
             quarantine = model.quarantine_of(servable.id)
             if quarantine is not None and servable.is_loaded:
                 self.take_out(model, servable, quarantine)
+            elif quarantine is not None and servable.state in UNDERWAY:
+                self._upkeep.abandon(model, servable)  # loaded again, it is what it says
             elif quarantine is None and servable.state is State.QUARANTINED:
                 self._upkeep.remove(model, servable)
                 self._desk.forget(model, servable.id)
@@ -461,7 +486,7 @@ class Manager:
         servable.move(State.QUARANTINED, quarantine.reason)
         if servable.pool is not None:
             servable.pool.retire()
-        self._reconcile(model.name)
+        self._reconcile_contained(model.name)
         self._upkeep.end_pool(model, servable)
         if servable.id == before.live:
             model.rollbacks[str(quarantine.code)] += 1
@@ -478,13 +503,13 @@ class Manager:
     def suspect(self, model: Model, id: ServableId) -> None:
         model.suspected |= {id}
         log.warning("servable_suspected", servable=str(id))
-        self._reconcile(model.name)
+        self._reconcile_contained(model.name)
 
     def acquit(self, model: Model, id: ServableId) -> None:
         if id in model.suspected:
             model.suspected -= {id}
             log.info("servable_acquitted", servable=str(id))
-            self._reconcile(model.name)
+            self._reconcile_contained(model.name)
 
     def quarantine(self, model: Model, servable: Servable, fault: Fault, reason: str) -> None:
         id = servable.id

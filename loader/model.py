@@ -43,6 +43,7 @@ class Model:
     fallback: ServableId | None = None
     """The last good version, where it is not the aspired one."""
     fallback_revision: Revision = Revision(0)
+    fallback_document: ModelDocument | None = None
     fetch_ms: dict[ServableId, float] = field(default_factory=dict[ServableId, float])
     retry_at_s: dict[ServableId, float] = field(default_factory=dict[ServableId, float])
     attempts: dict[ServableId, int] = field(default_factory=dict[ServableId, int])

@@ -182,7 +182,8 @@ class WorkerPool:
         seat = None if self._queue else self._free_seat()
         if seat is None and len(self._queue) >= self._queue_max:
             raise Overloaded(
-                f"{len(self._queue)} requests are waiting", retry_after_s=self._retry_after_s()
+                f"the queue is full (limits.queue: {self._queue_max})",
+                retry_after_s=self._retry_after_s(),
             )
         self._unanswered += 1
         self.idle.clear()
@@ -396,9 +397,7 @@ class WorkerPool:
         return max(0.1, len(self._queue) * self._run_s / max(1, len(self._seats)))
 
     def _gone(self) -> ServableFailed:
-        return ServableFailed(
-            f"{self._id} is being retired", code=RETIRED, fault_class=HANDED_BACK
-        )
+        return ServableFailed(f"{self._id} is being retired", code=RETIRED, fault_class=HANDED_BACK)
 
     def _became_idle(self) -> None:
         self.idle.set()

@@ -37,13 +37,15 @@ class Recipe:
     atol: float = 1e-5
 
     def key(self) -> str:
-        """A short stable hash of what shapes the loaded predictor, without where it comes from.
+        """A short stable hash of what shapes and admits the predictor, not where it comes from.
 
         ``source`` and ``sha256`` are left out: the digest of the bytes stands for them.
         """
         shaping = {
             "device": self.device, "replicas": self.replicas, "threads": self.threads,
             "precision": self.precision, "options": dict(self.options),
+            "shapes": dict(self.warmup_shapes), "golden": self.golden,
+            "tolerance": [self.rtol, self.atol],
         }  # fmt: skip
         text = orjson.dumps(shaping, option=orjson.OPT_SORT_KEYS)
         return hashlib.sha256(text).hexdigest()[:12]

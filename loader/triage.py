@@ -110,12 +110,17 @@ class Triage:
         """Who is to blame for the faults of ``id`` on record, as things stand now."""
         oldest_s = now_s - self._limits.window_s
         recent = [incident for incident in self._record if incident.at_s >= oldest_s]
-        return judge(
+        verdict = judge(
             recent,
             live=_label(id),
             standby=_label(control) if control is not None else None,
             answered=answers_of_all,
         )
+        reason = verdict.reason
+        for each in (id, control):
+            if each is not None:
+                reason = reason.replace(_label(each), each.version)
+        return replace(verdict, reason=reason)
 
     def exonerate(self, input_digest: str) -> None:
         """This input was answered after it had met a fault: it killed nobody.

@@ -288,9 +288,11 @@ class Upkeep:
             model.answered_before += pool.answered
 
         async def end() -> None:
-            if pool is not None:
-                await pool.close()
-            self._readying.give_back(servable)
+            try:
+                if pool is not None:
+                    await pool.close()
+            finally:
+                self._readying.give_back(servable)
             log.info("servable_unloaded", servable=str(servable.id))
             self._host.touch(model.name)
 

@@ -17,7 +17,7 @@ import structlog
 from loader.manager import Manager
 from loader.model import ModelView
 from registry.names import ModelName, Revision, Version
-from registry.spec import ConfigError, ModelDocument, parse_model
+from registry.spec import ConfigError, parse_model
 
 log = structlog.get_logger(__name__)
 
@@ -51,20 +51,31 @@ class Applied:
                 log.warning("applied_ignored", model=name, reason=str(exc))
 
     def note(self, view: ModelView) -> None:
-        """Remember what ``view`` has in force, if a live version is."""
+        """Remember what ``view`` has in force, if a live version is.
+
+        After a rollback that may be a version which the document does not list: then it is the
+        one remembered before.
+        """
         live, document = view.in_force.live, view.document
-        if live is None or document is None or not _lists(document, live.version):
+        if live is None or document is None:
             return
         before = self._rows.get(view.name)
         key = (live.version, live.digest)
         if before is not None and (before["version"], before["digest"]) == key:
             return
-        self._rows[view.name] = {
-            "version": live.version,
-            "digest": live.digest,
-            "revision": view.in_force.revision,
-            "document": document.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-        }
+        earlier = None if before is None else before.get("previous")
+        if earlier is not None and (earlier["version"], earlier["digest"]) == key:
+            self._rows[view.name] = {**earlier, "previous": None}
+        elif document.spec.lists(live.version):
+            self._rows[view.name] = {
+                "version": live.version,
+                "digest": live.digest,
+                "revision": view.in_force.revision,
+                "document": document.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+                "previous": None if before is None else {**before, "previous": None},
+            }
+        else:
+            return
         self._changed.set()
 
     def forget(self, model: ModelName) -> None:
@@ -92,7 +103,3 @@ class Applied:
             file.flush()
             os.fsync(file.fileno())
         new.replace(self._path)
-
-
-def _lists(document: ModelDocument, version: Version) -> bool:
-    return any(entry.version == version for entry in document.spec.versions)

@@ -226,6 +226,10 @@ class ModelSpec(Value):
     limits: Limits = Limits()
     """How long and how much."""
 
+    def lists(self, version: Version) -> bool:
+        """Whether ``version`` is one of ``versions``."""
+        return any(listed.version == version for listed in self.versions)
+
     def version(self, version: Version) -> VersionSpec:
         """The entry of ``version``; `KeyError` when the document does not list it."""
         for listed in self.versions:
