@@ -16,7 +16,8 @@ import pytest_asyncio
 
 from paddlewheel.models import make_mlp
 from registry.names import NodeId
-from tests.e2e.running import Answer, RunningNode, document, rows, running_node
+from tests.e2e.running import Answer, RunningNode, document, running_node
+from tests.e2e.traffic import rows
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
 

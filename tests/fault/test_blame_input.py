@@ -16,7 +16,8 @@ import pytest_asyncio
 from paddlewheel.bench.checks import infer_body, read_outputs
 from paddlewheel.bench.load import Headers, Request, Verify, http_request
 from registry.inference import Array
-from tests.e2e.running import Answer, RunningNode, Traffic, document, running_node, traffic_to
+from tests.e2e.running import Answer, RunningNode, document, running_node
+from tests.e2e.traffic import Traffic, traffic_to
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
 from tests.fault.poison_model import SMALLEST, feeds, make_remainder, remainder

@@ -27,15 +27,8 @@ import pytest_asyncio
 from paddlewheel.models import make_mlp
 from registry.names import ModelName, NodeId, Revision
 from registry.store import PutOp
-from tests.e2e.running import (
-    RunningNode,
-    Status,
-    document,
-    mlp_requests,
-    running_node,
-    states_of,
-    traffic_to,
-)
+from tests.e2e.running import RunningNode, Status, document, running_node, states_of
+from tests.e2e.traffic import mlp_requests, traffic_to
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
 

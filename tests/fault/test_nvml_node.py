@@ -16,14 +16,8 @@ import pytest_asyncio
 
 from paddlewheel.models import make_mlp
 from registry.names import NodeId
-from tests.e2e.running import (
-    RunningNode,
-    Traffic,
-    document,
-    mlp_requests,
-    running_node,
-    traffic_to,
-)
+from tests.e2e.running import RunningNode, document, running_node
+from tests.e2e.traffic import Traffic, mlp_requests, traffic_to
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
 

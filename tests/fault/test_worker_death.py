@@ -16,16 +16,8 @@ import pytest
 import pytest_asyncio
 
 from paddlewheel.models import make_mlp
-from tests.e2e.running import (
-    Answer,
-    RunningNode,
-    document,
-    is_alive,
-    mlp_requests,
-    rows,
-    running_node,
-    traffic_to,
-)
+from tests.e2e.running import Answer, RunningNode, document, is_alive, running_node
+from tests.e2e.traffic import mlp_requests, rows, traffic_to
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
 
