@@ -279,9 +279,10 @@ async def test_loads_wait_in_line_by_priority_then_arrival(
         for name, revision in revisions.items():
             await node.applied(name, revision)
         ready = [
-            event["servable"].partition(":")[0]
+            model
             for event in node.process.events("servable_ready")
-            if ":2@" in event["servable"]
+            for model, _, rest in [event["servable"].partition(":")]
+            if model in names and rest.startswith("2@")
         ]
         assert ready == ["holder", "high", "early", "late", "low"]
         metrics = (await node.get("/metrics")).body.decode()
