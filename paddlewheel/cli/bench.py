@@ -163,6 +163,28 @@ def rollback(
     _finish(f"rollback-{model}", run, tables(run), criteria(run), as_json, save_in)
 
 
+@bench.command()
+@result_options
+@click.option(
+    "--duration", "duration_s", default=60.0, show_default=True, metavar="S",
+    type=click.FloatRange(min=1), help="Seconds of faults.",
+)  # fmt: skip
+@click.option("--seed", default=1, show_default=True, help="Which faults, and when.")
+@click.option(
+    "--rate", "rate_per_s", default=100.0, show_default=True, metavar="R",
+    type=click.FloatRange(min=0, min_open=True), help="Requests per second.",
+)  # fmt: skip
+def soak(
+    as_json: bool, save_in: Path | None, duration_s: float, seed: int, rate_per_s: float
+) -> None:
+    """Let everything go wrong, once a second, under load; look for what is lost or left over."""
+    from paddlewheel.bench.soak import criteria, tables
+    from paddlewheel.bench.soak import soak as measure
+
+    run = _run(lambda: measure(duration_s=duration_s, seed=seed, rate_per_s=rate_per_s))
+    _finish("soak", run, tables(run), criteria(run), as_json, save_in)
+
+
 def _run(measure: Callable[[], Coroutine[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
     # gRPC would tell on stderr of each process that we start beside its threads.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
