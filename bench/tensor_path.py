@@ -86,9 +86,7 @@ async def measure(rounds: int) -> dict[str, Any]:
     await second.load(folder, recipe_of(folder))
     await second.serve()
     id = ServableId(ModelName("mlp"), Version("1"), Digest("sha256:" + "0" * 64))
-    pool = WorkerPool(
-        id, loaded.signature, [second], make_worker=zygote.spawn
-    )
+    pool = WorkerPool(id, loaded.signature, [second], make_worker=zygote.spawn)
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=bare, args=(folder, theirs), daemon=True)

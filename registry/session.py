@@ -52,7 +52,7 @@ class Counters:
 class _Written:
     """What the writer knows of one key."""
 
-    revision: Revision = Revision(0)  # noqa: RUF009 a NewType is no call with an effect
+    revision: Revision = Revision(0)
     """The key's mod_revision as last seen; 0: not there, or never looked."""
     value: bytes | None = None
     lease: int = 0
