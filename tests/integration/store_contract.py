@@ -58,7 +58,7 @@ async def watching(
 
     async def collect() -> None:
         async for batch in store.watch_prefix(prefix, known=known):
-            seen.append(batch)
+            seen.append(batch)  # noqa: PERF401 what came before the end is looked at meanwhile
 
     task = asyncio.create_task(collect())
     try:

@@ -466,9 +466,7 @@ async def test_opening_and_closing_pools_leaves_nothing(tmp_path: Path):
     counts: list[int] = []
     for _ in range(4):
         worker = await serving(zygote, folder)
-        pool = WorkerPool(
-            ID, SIGNATURE, [worker], make_worker=zygote.spawn
-        )
+        pool = WorkerPool(ID, SIGNATURE, [worker], make_worker=zygote.spawn)
         loop = asyncio.get_running_loop()
         await pool.infer({"x": rows(5000)}, deadline_s=loop.time() + 10)
         await pool.close()
