@@ -30,6 +30,8 @@ def figures(folder: Path) -> str:
         + ", ".join(f"{name} {run['machine']['load_average_before']}" for name, run in runs.items())
         + "."
     ]
+    if any(run["machine"]["load_average_before"] > machine["cores"] / 4 for run in runs.values()):
+        parts.append("The machine was shared: latencies and rates of this run say little alone.")
     for name, run in runs.items():
         parts += [_SECTIONS[run["bench"]](run), _verdict(name, run)]
     return "\n\n".join(parts) + "\n"
