@@ -165,6 +165,11 @@ async def test_a_quorum_of_two_takes_two(fleet: Fleet, models: Models) -> None:
     async with steady(fleet["n1"], models), steady(fleet["n2"], models):
         await fleet["n1"].drill(name, **CODE_101)
         await fleet.until_serves(name, "1", nodes=["n1"], within_s=ROLLS_BACK_WITHIN_S)
+        await eventually(
+            lambda: bool(fleet["n1"].logged("quarantine_without_quorum", model=name)),
+            within_s=5,
+            what="one witness is not enough",
+        )
         assert await fleet.quarantine(name, "2") is None
         await fleet.until_serves(name, "2", standby="1", nodes=["n2"], within_s=1)
         await fleet["n2"].drill(name, **CODE_101)
