@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 import orjson
 
+from paddlewheel.parentage import end_with_parent
 from registry.errors import PaddlewheelError
 from registry.names import Revision
 from registry.store import Put, Store
@@ -23,9 +23,6 @@ from registry.store import Put, Store
 PREFIX = "/paddlewheel"
 _READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 45.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
-"""Loaded here: between fork and exec nothing may be imported."""
 
 Status = Mapping[str, Any]
 """The JSON of ``/paddlewheel/status/<model>/<node>``."""
@@ -65,13 +62,6 @@ class NodeProcess:
         folder: for its log and its cache. options: further flags of ``paddlewheel node``.
         """
         log_path = folder / "node.log"
-        parent = os.getpid()
-
-        def end_with_parent() -> None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)  # the parent died before it could be watched
-
         started_s = time.monotonic()
         with log_path.open("wb") as log_file:
             process = await asyncio.create_subprocess_exec(
@@ -83,7 +73,7 @@ class NodeProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log_file,
                 start_new_session=True,  # a Ctrl-C in the terminal is for us
-                preexec_fn=end_with_parent,
+                preexec_fn=end_with_parent(signal.SIGTERM),
             )  # fmt: skip
         assert process.stdout is not None
         try:

@@ -13,10 +13,10 @@ import structlog
 from rich.console import Console
 
 from paddlewheel.bench.report import print_table
+from paddlewheel.bench.stage import tail
 from paddlewheel.demo import closing
 from paddlewheel.demo.play import Report, perform
 from paddlewheel.demo.prepare import prepare
-from paddlewheel.demo.stage import tail
 from registry.errors import PaddlewheelError
 
 

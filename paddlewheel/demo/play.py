@@ -14,6 +14,7 @@ from rich.console import Console
 from paddlewheel.bench import load
 from paddlewheel.bench.load_process import LoadProcess, Plan
 from paddlewheel.bench.samples import Result, Sample
+from paddlewheel.bench.stage import NodeProcess, StageFailed, Status, Watcher, put_document
 from paddlewheel.demo import traffic
 from paddlewheel.demo.documents import document
 from paddlewheel.demo.models import (
@@ -23,13 +24,13 @@ from paddlewheel.demo.models import (
     find_published,
     round_weights,
 )
-from paddlewheel.demo.stage import NODE_ID, NodeProcess, StageFailed, Status, Watcher, put_document
 from paddlewheel.demo.teller import Teller
 from paddlewheel.demo.traffic import CLS_MODEL, REC_MODEL
 from paddlewheel.embedded_etcd import EmbeddedEtcd
 from registry.etcd import EtcdSettings, EtcdStore
 from registry.store import Store
 
+NODE_ID = "demo-1"
 STEADY_S = 6.0
 """Traffic before the first edit and between two edits, so that there is a steady state to
 compare with."""
@@ -217,7 +218,7 @@ async def perform(folder: Path, console: Console) -> Report:
     folders = await asyncio.to_thread(make_folders, published, folder)
     async with EmbeddedEtcd(folder / "etcd") as etcd:
         teller.say("etcd", f"serves at {etcd.endpoint}")
-        node = await NodeProcess.start(etcd.endpoint, folder)
+        node = await NodeProcess.start(etcd.endpoint, folder, node_id=NODE_ID)
         store = EtcdStore.connect(EtcdSettings(endpoints=(etcd.endpoint,)))
         try:
             teller.say("node", f"{NODE_ID} listens at http://{node.ready.host}:{node.ready.port}")

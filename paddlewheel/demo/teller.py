@@ -6,7 +6,7 @@ import time
 
 from rich.console import Console
 
-from paddlewheel.demo.stage import Status
+from paddlewheel.bench.stage import Status
 
 
 class Teller:
