@@ -37,8 +37,9 @@ RATE_PER_S = 100.0
 WARM_UP_S = 15.0
 """Of the same treatment, before anything is counted: what is made at first use is no leak."""
 INPUTS = 32
-REFUSED_SHARE_MAX = 0.05
-"""Of the requests, on a machine that is not busy otherwise. Every one has a stated reason."""
+ANSWERED_SHARE_MIN = 0.5
+"""A node that refused everything would lose nothing either. What is refused depends on the faults:
+the only version of a model, in a crash loop, answers nobody."""
 GROWTH_MAX_MB = 12.0
 """Of the memory at rest. Allocators keep some of what was used at the busiest moment."""
 GROWTH_MAX_MB_PER_MINUTE = 0.5
@@ -251,7 +252,7 @@ def _figures(
 
 def criteria(run: Mapping[str, Any]) -> list[Criterion]:
     """What the run promised."""
-    refused_share = sum(run["refused"].values()) / max(1, run["requests"])
+    answered_share = run["answered"] / max(1, run["requests"])
     allowed_mb = GROWTH_MAX_MB + GROWTH_MAX_MB_PER_MINUTE * run["duration_s"] / 60
     memory, processes, files = run["memory_mb"], run["processes"], run["open_files"]
     return [
@@ -260,8 +261,9 @@ def criteria(run: Mapping[str, Any]) -> list[Criterion]:
             run["failed"] == 0, is_promise=True,
         ),
         Criterion(
-            "requests refused, with a reason", f"{refused_share:.1%}",
-            f"<= {REFUSED_SHARE_MAX:.0%}", refused_share <= REFUSED_SHARE_MAX,
+            "requests answered; the others refused with a reason", f"{answered_share:.1%}",
+            f">= {ANSWERED_SHARE_MIN:.0%}", answered_share >= ANSWERED_SHARE_MIN,
+            is_promise=True,
         ),
         Criterion(
             "memory at rest", f"{memory['after']:.1f} MB, was {memory['before']:.1f} MB",

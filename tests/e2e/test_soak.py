@@ -26,7 +26,6 @@ async def test_a_slice_of_the_soak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run["events"]["servable_fault"] >= 5, run["events"]
     assert run["events"]["route_swapped"] >= 2, run["events"]
     assert run["requests"] > 1500
-    assert run["answered"] > 0.5 * run["requests"], run
     assert run["failed"] == 0
     assert sum(run["refused"].values()) == sum(run["refused_because"].values())
     (table,) = tables(run)
@@ -51,7 +50,7 @@ def run() -> dict[str, Any]:
     """The figures of a run in which all went well."""
     same = {"before": 5, "after": 5}
     return {
-        "requests": 1000, "failed": 0, "refused": {"503": 10}, "duration_s": 60.0, "dev_shm": [],
+        "requests": 1000, "answered": 990, "failed": 0, "duration_s": 60.0, "dev_shm": [],
         "memory_mb": {"before": 100.0, "after": 105.0}, "processes": same, "open_files": same,
     }  # fmt: skip
 
@@ -65,7 +64,7 @@ def run() -> dict[str, Any]:
         ("processes", {"before": 5, "after": 4}, False),
         ("open_files", {"before": 5, "after": 6}, False),
         ("open_files", {"before": 5, "after": 4}, True),
-        ("refused", {"503": 900}, True),
+        ("answered", 500, True), ("answered", 499, False),
     ],
 )  # fmt: skip
 def test_what_breaks_the_verdict(run: dict[str, Any], name: str, value: Any, kept: bool) -> None:
