@@ -118,6 +118,8 @@ class _Node:
             async with asyncio.timeout(NODE_READY_TIMEOUT_S):
                 line = await process.stdout.readline()
         except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
             raise NodeNotStarted(f"{self.id} did not listen in time") from None
         if not line:
             status = await process.wait()
