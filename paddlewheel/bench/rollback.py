@@ -279,6 +279,7 @@ def figures(result: Result, runs: Sequence[Run]) -> dict[str, Any]:
         "error_to_answer_ms": _spread(answers_ms),
         "error_to_flip_ms": _spread([(run.flipped_s - run.errors_s[-1]) * 1e3 for run in runs]),
         "slowest_request_ms": _spread(slowest_ms),
+        "request_ms": _spread([sample.latency_s * 1e3 for sample in by_end]),
         "first_to_last_error_ms": _spread(
             [(run.errors_s[-1] - run.errors_s[0]) * 1e3 for run in runs]
         ),
@@ -326,6 +327,7 @@ def tables(run: Mapping[str, Any]) -> list[Table]:
         (f"error {ERRORS} to the standby's first answer", _times(run["error_to_answer_ms"])),
         (f"error {ERRORS} to changed routes, by the node's log", _times(run["error_to_flip_ms"])),
         (f"slowest request around error {ERRORS}", _times(run["slowest_request_ms"])),
+        ("any request of the run, to compare with", _times(run["request_ms"])),
         (f"first error to error {ERRORS}", _times(run["first_to_last_error_ms"])),
         ("poisoned workers left", str(run["workers_left"])),
     ]
