@@ -139,7 +139,7 @@ def front(as_json: bool, save_in: Path | None, rounds: int, turn_s: float) -> No
     help="Requests per second.  [200 for the MLP, else half of what the node can do]",
 )  # fmt: skip
 @click.option(
-    "--guard-rounds", default=20, show_default=True, type=click.IntRange(min=0),
+    "--guard-rounds", default=40, show_default=True, type=click.IntRange(min=0),
     help="Turns with and without output guards, to compare them.",
 )  # fmt: skip
 def rollback(
