@@ -198,6 +198,8 @@ class _Ticker:
 
 
 def _emit(event: Mapping[str, Any]) -> None:
+    # Whoever made the pipe may have made it non-blocking, and half a result is none.
+    os.set_blocking(sys.stdout.fileno(), True)
     sys.stdout.buffer.write(orjson.dumps(event) + b"\n")
     sys.stdout.buffer.flush()
 

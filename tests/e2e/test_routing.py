@@ -291,7 +291,7 @@ async def test_queue_and_deadline(node: RunningNode, folders: Mapping[str, Path]
     # Three in the queue, and what the worker had been given: at most two.
     assert 4 <= len(late) <= 5, statuses
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
-    assert all("waiting" in answer.error for answer in refused)
+    assert all("queue is full" in answer.error for answer in refused)
     assert all("deadline" in answer.error for answer in late)
     assert 1.4 < took_s < 4
     await eventually_answers(node)
