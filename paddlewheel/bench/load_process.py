@@ -150,7 +150,7 @@ async def _read_events(
     process: asyncio.subprocess.Process, on_tick: Callable[[dict[str, Any]], None] | None
 ) -> Result:
     assert process.stdout is not None
-    while line := await process.stdout.readline():
+    while (line := await process.stdout.readline()).endswith(b"\n"):
         event = cast("dict[str, Any]", orjson.loads(line))
         if event["event"] == "result":
             return Result.from_json(event)
