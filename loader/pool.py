@@ -44,8 +44,10 @@ REPLACE_TIMEOUT_S = 600.0
 BREAKER_AFTER = 3
 """Failures in a row of every replica after which requests are refused at once, not queued."""
 
-HEALTHY_AFTER_S = 60.0
-"""A worker that lived this long is replaced at once, whatever came before."""
+HEALTHY_AFTER_S = 10.0
+"""A worker that lived this long is replaced at once, whatever came before: it is no crash loop.
+With 60 s, two replicas that lost a worker every few seconds were left without one for most of a
+soak: 58 % of the model's requests were answered, with 10 s 99 %."""
 
 _POISONOUS = "this input ended workers of this model and is refused for {:.0f} s more"
 
