@@ -56,6 +56,7 @@ log = structlog.get_logger(__name__)
 
 ZYGOTE_RETRY_S = 5.0
 PART_RETRY_S = 2.0
+TELL_AFTER_S = 0.01
 LEAVE_FIRST_S = 0.5
 """How long accepting goes on while this node's keys are taken out of etcd."""
 
@@ -78,6 +79,7 @@ class Node:
         self._keys = Keys(settings.prefix)
         self._started_at = datetime.now(UTC)
         self._draining = False
+        self._unreported: set[ModelName] = set()
         self._was_ready = False
         self._stop = asyncio.Event()
         self._routes = Routes()
@@ -193,13 +195,24 @@ class Node:
         self._announce()
 
     def changed(self, view: ModelView) -> None:
-        self._report(view.name)
+        if not self._unreported:
+            self._soon(self._report_changed)
+        self._unreported.add(view.name)
+
+    def _report_changed(self) -> None:
+        names, self._unreported = self._unreported, set()
+        for name in sorted(names):
+            self._report(name)
         self._announce()
+
+    def _soon(self, call: Callable[..., object], *args: Any) -> None:
+        """After the requests that wait for a rollback were sent on: telling others can wait."""
+        asyncio.get_running_loop().call_later(TELL_AFTER_S, call, *args)
 
     def quarantined(
         self, model: ModelName, servable: ServableId, quarantine: Quarantine, fault: Fault
     ) -> None:
-        self._verdicts.quarantined(model, servable, quarantine, fault)
+        self._soon(self._verdicts.quarantined, model, servable, quarantine, fault)
         data = {
             "code": quarantine.code,
             "class": str(fault.fault_class),
@@ -211,7 +224,7 @@ class Node:
         self._verdicts.baked(model, servable, revision, datetime.now(UTC))
 
     def happened(self, event: EventType, subject: str, data: Mapping[str, Any]) -> None:
-        self._events.emit(event, subject, data)
+        self._soon(self._events.emit, event, subject, data)
 
     def _seen(self, model: ModelName) -> None:
         self._report(model)
@@ -353,7 +366,7 @@ class Node:
         log.info("node_draining", node=settings.id)
         self._draining = True
         deadline_s = asyncio.get_running_loop().time() + settings.drain_s
-        self.happened(EventType.NODE_LEFT, settings.id, {})
+        self._events.emit(EventType.NODE_LEFT, settings.id)
         leaving = asyncio.gather(self._session.stop(), self._events.stop())
         # An etcd that does not answer must not take the requests' time.
         await asyncio.wait([leaving], timeout=LEAVE_FIRST_S)
