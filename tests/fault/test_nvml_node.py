@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)
 
 ROOT = Path(__file__).parent.parent.parent
 QUOTA_MB = 1000
+RATE_PER_S = 60
 
 DRIVER = """
 import pathlib, sys
@@ -110,7 +111,7 @@ async def test_a_device_that_its_driver_gives_up(
     await node.apply("m", document("m", "1", folders))
     before = await metrics_of(node)
     assert before['device_cordoned{device="gpu:0"}'] == 0
-    async with traffic_to(node, mlp_requests("m", folders), rate_per_s=60) as traffic:
+    async with traffic_to(node, mlp_requests("m", folders), rate_per_s=RATE_PER_S) as traffic:
         await traffic.goes_on()
         raise_xid(xids, 0, 31)  # a program's own fault: says nothing of the device
         raise_xid(xids, 0, xid)
@@ -128,7 +129,8 @@ async def test_a_device_that_its_driver_gives_up(
         assert after['device_cordoned{device="cpu"}'] == 0
         # What the driver says is not lifted by probes that succeed.
         await node.apply("m", document("m", "2", folders))
-        await traffic.goes_on(60)
+        for _ in range(8 if xid == 79 else 1):  # seconds
+            await traffic.goes_on(RATE_PER_S)
         assert (await until_cordoned(node, "gpu:0")) == cordon
         # A model for that device is told why it does not come up; the others go on.
         placement = {"device": "gpu:0", "memoryMB": 100}
@@ -156,6 +158,11 @@ async def _is_ready(node: RunningNode) -> bool:
 
 async def test_what_the_driver_measures(node: RunningNode) -> None:
     """Quotas, and memory, temperature and ECC errors of each device, in `/metrics`."""
+
+    async def is_watched() -> bool:
+        return 'device_used_bytes{device="gpu:0"}' in await metrics_of(node)
+
+    await eventually(is_watched, within_s=10, what="the driver is asked")
     metrics = await metrics_of(node)
     mb = 2**20
     assert metrics['device_quota_bytes{device="gpu:0"}'] == QUOTA_MB * mb
