@@ -224,6 +224,31 @@ def test_another_acceptance_check_is_asked_and_its_errors_get_lines() -> None:
     assert short(fold(batch(put(KEY, s3, 6)), start=catalog, accept=only_s3)[1]) == ["m@6 live 1"]
 
 
+def test_a_refused_document_may_be_asked_again() -> None:
+    """Accepted at its own revision once nothing is against it; quietly left alone otherwise."""
+
+    def never(_: ModelDocument) -> tuple[FieldError, ...]:
+        return (FieldError("spec", None, "no room"),)
+
+    def always(_: ModelDocument) -> tuple[FieldError, ...]:
+        return ()
+
+    first, _ = fold(batch(put(KEY, text(), 5)))
+    wanted = text(live="2")
+    refused, _ = fold(batch(put(KEY, wanted, 6)), start=first, accept=never)
+    assert refused.reconsider(M, wanted, accept=never) == (refused, ())
+    assert refused.reconsider(M, text(), accept=always) == (refused, ()), "not the last one seen"
+    assert refused.reconsider(ModelName("n"), wanted, accept=always) == (refused, ())
+    accepted, changes = refused.reconsider(M, wanted, accept=always)
+    assert short(changes) == ["m@6 live 2"]
+    assert accepted.models[M].is_accepted
+    assert accepted.snapshot(KEYS).documents[M].revision == 6
+    assert accepted.reconsider(M, wanted, accept=always) == (accepted, ())
+    broken, _ = fold(batch(put(KEY, b"spec: 1", 7)), start=accepted)
+    assert broken.reconsider(M, b"spec: 1", accept=always) == (broken, ())
+    assert refused.models[M].accepted == first.models[M].accepted, "a value"
+
+
 RELISTS: dict[str, tuple[Listing, list[str]]] = {
     "nothing new": (listing(20, kv(KEY, text(), 5)), []),
     "newer": (listing(20, kv(KEY, text(live="2"), 17)), ["m@17 live 2"]),
