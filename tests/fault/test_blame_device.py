@@ -119,7 +119,7 @@ async def test_the_same_code_on_both_versions(
     assert (status["live"], status["standby"]) == ("2", "1")
     # The faults end, and nobody has to do anything.
     await eventually(lambda: _is_well(node), within_s=45, what="the cordon lifted")
-    assert await cordon_of(node) is None
+    await eventually(lambda: _has_no_cordon(node), within_s=5, what="and from the record")
     status = await node.status(model)
     assert (status["live"], status["standby"]) == ("2", "1")
     assert status["reason"] is None
@@ -129,6 +129,10 @@ async def test_the_same_code_on_both_versions(
         answer = await ask(node, model, seed)
         assert (answer.status, answer.version) == (200, "2"), answer.body
     await node.delete(model)
+
+
+async def _has_no_cordon(node: RunningNode) -> bool:
+    return await cordon_of(node) is None
 
 
 async def _is_well(node: RunningNode) -> bool:
