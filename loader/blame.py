@@ -136,8 +136,10 @@ class _Evidence:
     def killers(self) -> frozenset[str]:
         """Inputs that ended two workers: of both versions where there are two."""
         if self.standby is not None:
-            both = (i.input_digest for i in self.ours if self.failed_on_both(i))
-            return frozenset(digest for digest in both if digest)
+            # By digest alone: a worker that died idle, or of nobody knows what, accuses no input.
+            theirs = {o.input_digest for o in self.theirs if o.fault_class in SEVERE}
+            ours = {i.input_digest for i in self.ours if i.fault_class in SEVERE}
+            return frozenset(ours & theirs - {""})
         kills = Counter(i.input_digest for i in self.ours if i.fault_class in SEVERE)
         return frozenset(digest for digest, times in kills.items() if digest and times >= 2)
 

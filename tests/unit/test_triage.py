@@ -193,3 +193,10 @@ def test_an_input_that_was_answered_after_a_crash_killed_nobody() -> None:
     verdict = guilty.fault("SIGKILL", STANDBY, input_digest="same", incident=(2, "SIGKILL")).verdict
     assert verdict is not None
     assert verdict.blame is Blame.INPUT
+
+
+def test_a_worker_that_died_idle_accuses_no_input() -> None:
+    model = Model()
+    model.fault("SIGKILL", STANDBY, incident=(1, "SIGKILL"))
+    ruling = model.fault("SIGKILL", input_digest="innocent", incident=(2, "SIGKILL"))
+    assert ruling.verdict is None
