@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from paddlewheel.bench.criteria import is_kept
+from paddlewheel.bench.load_process import LoadFailed
 from paddlewheel.bench.soak import answered_or_refused, criteria, input_of, soak, tables
 from paddlewheel.bench.soak_plan import EVERY_S, KINDS, LIVELY, plan
 from paddlewheel.models import make_mlp, reference
@@ -18,7 +19,12 @@ from paddlewheel.models import make_mlp, reference
 async def test_a_slice_of_the_soak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPC_VERBOSITY", "ERROR")
     seed = int(os.environ.get("SOAK_SEED", "1"))
-    run = await soak(duration_s=20, seed=seed, warm_up_s=4)
+    try:
+        run = await soak(duration_s=20, seed=seed, warm_up_s=4)
+    except LoadFailed:
+        # The generator's result line arrived cut short twice in some fifty runs, why is not known:
+        # without a result nothing is known of the node either, so it is asked once more.
+        run = await soak(duration_s=20, seed=seed, warm_up_s=4)
     broken = [c for c in criteria(run) if c.is_promise and not c.holds]
     assert not broken, (f"SOAK_SEED={seed}", run)
     # It was hurt, and it served.
