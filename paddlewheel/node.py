@@ -74,7 +74,8 @@ def run_node(settings: NodeSettings) -> int:
 class Node:
     """The parts of one node and how they hang together. Satisfies `router.ports.NodeView`."""
 
-    def __init__(self, settings: NodeSettings) -> None:
+    def __init__(self, settings: NodeSettings, *, zygote: Zygote | None = None) -> None:
+        """zygote: what forks workers, where that is not to be a process with paddle in it."""
         self._settings = settings
         self._keys = Keys(settings.prefix)
         self._started_at = datetime.now(UTC)
@@ -86,7 +87,7 @@ class Node:
         cache = settings.cache.expanduser()
         self._store = EtcdStore.connect(settings.etcd)
         self._session = Session(self._store, settings.lease_ttl_s)
-        self._zygote = Zygote()
+        self._zygote = zygote or Zygote()
         self._devices = DevicePool(quotas_mb(settings.devices))
         self._repository = ModelRepository(
             cache / "models",
@@ -263,11 +264,20 @@ class Node:
 
     # --- life ---------------------------------------------------------------------------------
 
-    async def run(self) -> int:
+    def stop(self) -> None:
+        """Drain, then let `run` return."""
+        self._stop.set()
+
+    async def run(self, *, with_signals: bool = True) -> int:
+        """Serve until SIGTERM or SIGINT, or `stop`; returns the exit status.
+
+        with_signals: not where several nodes share a process.
+        """
         settings = self._settings
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        if with_signals:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._stop.set)
         try:
             self._http = await self._app.start(settings.host, settings.port)
         except OSError as exc:
