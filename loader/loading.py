@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loader.compatibility import breach
+from loader.courtesy import Courtesy
 from loader.errors import LoadTimedOut, NotAdmitted
 from loader.recipe import Recipe
 from loader.worker import Worker
@@ -53,6 +54,7 @@ class Loading:
     """Books the memory, or raises `NotAdmitted` with the numbers."""
     on_phase: Callable[[str, float], None]
     """Told the name and length (s) of each phase as it ends: check, load, warm."""
+    courtesy: Courtesy
     timeout_s: float
     """For all of `run`, and for each `replacement`."""
 
@@ -63,25 +65,16 @@ class Loading:
             first = await self.spawn()
             workers.append(first)
             async with asyncio.timeout(self.timeout_s):
+                with self.courtesy.of(first):
+                    signature = await self._make_first(first)
                 started_s = time.perf_counter()
-                signature = await first.check(self.folder, self.recipe)
-                if signature is not None:
-                    self._check_signature(signature)
-                self.reserve()
-                self.on_phase("check", time.perf_counter() - started_s)
-                started_s = time.perf_counter()
-                loaded = await first.load(self.folder, self.recipe)
-                self._check_signature(loaded.signature)
-                self.on_phase("load", time.perf_counter() - started_s)
-                started_s = time.perf_counter()
-                await first.warm(self.recipe, self.golden)
-                await first.serve()
                 for _ in range(1, self.recipe.replicas):
                     worker = await self.spawn()
                     workers.append(worker)
-                    await _make_serving(worker, self.folder, self.recipe)
-                self.on_phase("warm", time.perf_counter() - started_s)
-                return Ready(tuple(workers), loaded.signature)
+                    await self._make_serving(worker)
+                if len(workers) > 1:
+                    self.on_phase("replicas", time.perf_counter() - started_s)
+                return Ready(tuple(workers), signature)
         except TimeoutError:
             await end(workers)
             raise LoadTimedOut(
@@ -96,11 +89,35 @@ class Loading:
         worker = await self.spawn()
         try:
             async with asyncio.timeout(self.timeout_s):
-                await _make_serving(worker, self.folder, self.recipe)
+                await self._make_serving(worker)
         except BaseException:
             await end([worker])
             raise
         return worker
+
+    async def _make_first(self, worker: Worker) -> Signature:
+        """With all checks; the others are made of the same files."""
+        started_s = time.perf_counter()
+        checked = await worker.check(self.folder, self.recipe)
+        if checked is not None:
+            self._check_signature(checked)
+        self.reserve()
+        self.on_phase("check", time.perf_counter() - started_s)
+        started_s = time.perf_counter()
+        loaded = await worker.load(self.folder, self.recipe)
+        self._check_signature(loaded.signature)
+        self.on_phase("load", time.perf_counter() - started_s)
+        started_s = time.perf_counter()
+        await worker.warm(self.recipe, self.golden)
+        await worker.serve()
+        self.on_phase("warm", time.perf_counter() - started_s)
+        return loaded.signature
+
+    async def _make_serving(self, worker: Worker) -> None:
+        with self.courtesy.of(worker):
+            await worker.load(self.folder, self.recipe)
+            await worker.warm(self.recipe, None)
+            await worker.serve()
 
     def _check_signature(self, signature: Signature) -> None:
         if self.predecessor is None:
@@ -111,12 +128,6 @@ class Loading:
                 "signature",
                 f"not {self.compatibility}ly compatible with {self.predecessor.version}: {reason}",
             )
-
-
-async def _make_serving(worker: Worker, folder: Path, recipe: Recipe) -> None:
-    await worker.load(folder, recipe)
-    await worker.warm(recipe, None)
-    await worker.serve()
 
 
 async def end(workers: list[Worker]) -> None:

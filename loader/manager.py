@@ -109,6 +109,7 @@ class Manager:
             load_timeout_s=settings.load_timeout_s,
             fetch_timeout_s=settings.fetch_timeout_s,
             load_slots=settings.load_slots,
+            is_waited=self._is_waited,
         )
         self._upkeep = Upkeep(self, readying, self._desk)
         self.last_turn_s = asyncio.get_running_loop().time()
@@ -232,6 +233,14 @@ class Manager:
         await self._upkeep.close()
         pools = [s.pool for m in self._models.values() for s in m.servables.values() if s.pool]
         await asyncio.gather(*(pool.close(timeout_s=0.2) for pool in pools), return_exceptions=True)
+
+    def _is_waited(self) -> bool:
+        """Whether requests wait behind others for a worker, of whichever model."""
+        return any(
+            servable.pool is not None and servable.pool.is_backed_up
+            for model in self._models.values()
+            for servable in model.servables.values()
+        )
 
     def _model(self, name: ModelName) -> Model:
         return self._models.setdefault(name, Model(name))

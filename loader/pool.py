@@ -227,6 +227,12 @@ class WorkerPool:
         return any(seat.worker is not None and seat.worker.is_alive for seat in self._seats)
 
     @property
+    def is_backed_up(self) -> bool:
+        """Whether requests wait behind others for a worker that is there."""
+        manned = sum(seat.worker is not None and seat.worker.is_alive for seat in self._seats)
+        return 0 < manned < self._unanswered
+
+    @property
     def can_serve(self) -> bool:
         """Whether a request now has a worker, or one that is about to come."""
         return not self._retired and self._broken_s(self._loop.time()) == 0.0

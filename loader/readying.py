@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from loader.courtesy import Courtesy
 from loader.devices import BadDevice, Cordoned, DevicePool, OutOfQuota, Priority
 from loader.errors import FetchFailed, NotAdmitted
 from loader.loading import Loading, Predecessor, Ready
@@ -35,13 +36,16 @@ class Readying:
         load_timeout_s: float,
         fetch_timeout_s: float,
         load_slots: int,
+        is_waited: Callable[[], bool],
     ) -> None:
+        """is_waited: whether requests wait for a worker that is there, but busy."""
         self._zygote = zygote
         self._repository = repository
         self._devices = devices
         self._load_timeout_s = load_timeout_s
         self._fetch_timeout_s = fetch_timeout_s
         self._slots = asyncio.Semaphore(load_slots)
+        self._courtesy = Courtesy(is_waited)
         self._owners = itertools.count(1)
 
     async def fetch(self, recipe: Recipe) -> Fetched:
@@ -83,6 +87,7 @@ class Readying:
                 spawn=self._zygote.spawn,
                 reserve=partial(self.reserve, servable, fetched),
                 on_phase=on_phase,
+                courtesy=self._courtesy,
                 timeout_s=self._load_timeout_s,
             )
             return loading, await loading.run()

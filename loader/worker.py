@@ -310,11 +310,21 @@ class Worker:
 
     # --- the end --------------------------------------------------------------------------------
 
+    def pause(self) -> None:
+        """Stand still until `resume`; only for a worker that is not serving yet."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def kill(self) -> None:
-        """SIGKILL, by pidfd: never another process that has the pid now."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """By pidfd: never another process that has the pid now."""
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def _fail(self, code: str) -> None:
         if self._blame is None:

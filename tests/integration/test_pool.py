@@ -473,3 +473,18 @@ async def test_opening_and_closing_pools_leaves_nothing(tmp_path: Path):
         counts.append(open_fds())
     assert len(set(counts)) == 1
     await zygote.close()
+
+
+async def test_it_is_backed_up_while_requests_wait_for_a_worker_that_is_there(bench: MakeBench):
+    one = await bench()
+    (peer,) = one.peers
+    first = one.infer()
+    await asyncio.sleep(0)
+    assert not one.pool.is_backed_up
+    second = one.infer()
+    await asyncio.sleep(0)
+    assert one.pool.is_backed_up
+    for task in (first, second):
+        peer.answer(await peer.next(), y=np.zeros(1))
+        await task
+    assert not one.pool.is_backed_up
