@@ -8,6 +8,7 @@ so) unless a clock is given; then leases expire when `MemoryCluster.tick` is cal
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ from registry.store import (
 
 T = TypeVar("T")
 
+INF_S = float("inf")
 MAX_REQUEST_BYTES = 1536 * 1024
 """etcd's default for --max-request-bytes."""
 
@@ -67,7 +69,10 @@ class MemoryCluster:
         self._history: list[Event] = []
         self._leases: dict[int, _Lease] = {}
         self._next_lease = 1
-        self._listeners: set[asyncio.Event] = set()
+        self._expiry_s = INF_S
+        """No lease ends before."""
+        self._listeners: dict[str, dict[asyncio.Event, None]] = {}
+        """By prefix, in order of arrival: a fleet's watches are many, their prefixes few."""
 
     # --- keys -------------------------------------------------------------------------------
 
@@ -130,7 +135,11 @@ class MemoryCluster:
         if events:
             self.revision = revision
             self._history.extend(events)
-            self.announce()
+            keys = [event_key(event) for event in events]
+            for prefix, wakes in self._listeners.items():
+                if any(key.startswith(prefix) for key in keys):
+                    for wake in wakes:
+                        wake.set()
 
     # --- history ----------------------------------------------------------------------------
 
@@ -138,11 +147,8 @@ class MemoryCluster:
         """What happened under ``prefix`` after ``after``; ``None`` when that was compacted away."""
         if after + 1 < self.compacted:
             return None
-        events = [
-            event
-            for event in self._history
-            if event_revision(event) > after and event_key(event).startswith(prefix)
-        ]
+        start = bisect_right(self._history, after, key=event_revision)
+        events = [event for event in self._history[start:] if event_key(event).startswith(prefix)]
         return [
             Batch(revision, tuple(same)) for revision, same in groupby(events, key=event_revision)
         ]
@@ -152,21 +158,19 @@ class MemoryCluster:
         self.compacted = self.revision if revision is None else revision
         self._history = [e for e in self._history if event_revision(e) >= self.compacted]
 
-    def listen(self, wake: asyncio.Event) -> None:
-        self._listeners.add(wake)
+    def listen(self, wake: asyncio.Event, prefix: str) -> None:
+        """Set ``wake`` at every change under ``prefix``."""
+        self._listeners.setdefault(prefix, {})[wake] = None
 
-    def unlisten(self, wake: asyncio.Event) -> None:
-        self._listeners.discard(wake)
-
-    def announce(self) -> None:
-        for wake in self._listeners:
-            wake.set()
+    def unlisten(self, wake: asyncio.Event, prefix: str) -> None:
+        self._listeners[prefix].pop(wake, None)
 
     # --- leases -----------------------------------------------------------------------------
 
     def grant(self, ttl_s: int) -> int:
         lease, self._next_lease = self._next_lease, self._next_lease + 1
         self._leases[lease] = _Lease(ttl_s, self.now_s() + ttl_s)
+        self._expiry_s = min(self._expiry_s, self._leases[lease].expires_s)
         self._watch_over(ttl_s)
         return lease
 
@@ -193,9 +197,12 @@ class MemoryCluster:
     def tick(self) -> None:
         """End the leases whose time is over."""
         now_s = self.now_s()
+        if now_s < self._expiry_s:
+            return
         for lease, found in list(self._leases.items()):
             if found.expires_s <= now_s:
                 self.revoke(lease)
+        self._expiry_s = min((each.expires_s for each in self._leases.values()), default=INF_S)
 
     def now_s(self) -> float:
         return asyncio.get_running_loop().time() if self._now_s is None else self._now_s()
@@ -236,7 +243,7 @@ class MemoryStore:
         self.watch_restarts: Counter[str] = Counter()
         self._cuts = 0
         self._late: list[Callable[[], object]] = []
-        self._wakes: set[asyncio.Event] = set()
+        self._wakes: dict[asyncio.Event, None] = {}
 
     def client(self) -> MemoryStore:
         """Another client of the same cluster, with its own faults."""
@@ -339,8 +346,8 @@ class MemoryStore:
         self, prefix: str, *, known: Listing | None = None
     ) -> AsyncIterator[Batch]:
         wake = asyncio.Event()
-        self.cluster.listen(wake)
-        self._wakes.add(wake)
+        self.cluster.listen(wake, prefix)
+        self._wakes[wake] = None
         try:
             listing = known
             if listing is None:
@@ -363,8 +370,8 @@ class MemoryStore:
                 else:
                     await wake.wait()
         finally:
-            self.cluster.unlisten(wake)
-            self._wakes.discard(wake)
+            self.cluster.unlisten(wake, prefix)
+            self._wakes.pop(wake, None)
 
     async def _list_until_answered(self, prefix: str, wake: asyncio.Event) -> Listing:
         while True:
