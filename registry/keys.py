@@ -86,6 +86,33 @@ class LastGoodKey:
 
 
 @dataclass(frozen=True, slots=True)
+class CoordinatorKey:
+    """``coordinator``"""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutKey:
+    """``rollouts/<model>``"""
+
+    model: ModelName
+
+
+@dataclass(frozen=True, slots=True)
+class OrderKey:
+    """``orders/<model>``"""
+
+    model: ModelName
+
+
+@dataclass(frozen=True, slots=True)
+class SamplesKey:
+    """``samples/<model>/<node>``"""
+
+    model: ModelName
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class EventKey:
     """``events/<ULID>``"""
 
@@ -94,7 +121,8 @@ class EventKey:
 
 Key = (
     ModelKey | PipelineKey | GatewayKey | HistoryKey | NodeKey
-    | StatusKey | FaultKey | QuarantineKey | LastGoodKey | EventKey
+    | StatusKey | FaultKey | QuarantineKey | LastGoodKey
+    | CoordinatorKey | RolloutKey | OrderKey | SamplesKey | EventKey
 )  # fmt: skip
 
 
@@ -162,6 +190,14 @@ class Keys:
         return f"{self.prefix}/lastgood/"
 
     @property
+    def rollouts_prefix(self) -> str:
+        return f"{self.prefix}/rollouts/"
+
+    @property
+    def orders_prefix(self) -> str:
+        return f"{self.prefix}/orders/"
+
+    @property
     def events_prefix(self) -> str:
         return f"{self.prefix}/events/"
 
@@ -176,6 +212,9 @@ class Keys:
 
     def quarantine_prefix(self, model: ModelName | None = None) -> str:
         return f"{self.prefix}/quarantine/" + _below(model)
+
+    def samples_prefix(self, model: ModelName | None = None) -> str:
+        return f"{self.prefix}/samples/" + _below(model)
 
     # --- keys -----------------------------------------------------------------------------------
 
@@ -208,6 +247,19 @@ class Keys:
 
     def lastgood(self, model: ModelName) -> str:
         return f"{self.lastgoods_prefix}{_model(model)}"
+
+    @property
+    def coordinator(self) -> str:
+        return f"{self.prefix}/coordinator"
+
+    def rollout(self, model: ModelName) -> str:
+        return f"{self.rollouts_prefix}{_model(model)}"
+
+    def order(self, model: ModelName) -> str:
+        return f"{self.orders_prefix}{_model(model)}"
+
+    def samples(self, model: ModelName, node: NodeId) -> str:
+        return f"{self.prefix}/samples/{_model(model)}/{_node(node)}"
 
     def event(self, ulid: str) -> str:
         if _ULID.fullmatch(ulid) is None:
@@ -244,6 +296,14 @@ class Keys:
                 return QuarantineKey(ModelName(model), Version(version))
             case ["lastgood", model] if is_model_name(model):
                 return LastGoodKey(ModelName(model))
+            case ["coordinator"]:
+                return CoordinatorKey()
+            case ["rollouts", model] if is_model_name(model):
+                return RolloutKey(ModelName(model))
+            case ["orders", model] if is_model_name(model):
+                return OrderKey(ModelName(model))
+            case ["samples", model, node] if is_model_name(model) and is_node_id(node):
+                return SamplesKey(ModelName(model), NodeId(node))
             case ["events", ulid] if _ULID.fullmatch(ulid) is not None:
                 return EventKey(ulid)
             case _:

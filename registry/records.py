@@ -212,6 +212,9 @@ class ModelStatus(Record):
     """Whether that one was accepted."""
     applied_revision: Revision | None = None
     """Of the document in force."""
+    prepared_revision: Revision | None = None
+    """Of the newest document of which every aspired servable is loaded and warmed here, whether it
+    is in force or waits for the fleet."""
     error: str | None = None
     errors: tuple[ErrorRecord, ...] = ()
     live: Version | None = None

@@ -17,13 +17,14 @@ from registry.document_tree import (
     show_path,
 )
 from registry.names import ModelName, Version, is_model_name, is_version
+from registry.spec_canary import CanarySpec
 from registry.spec_errors import explain
+from registry.spec_rollout import Rollout, WaveSpec
 from registry.spec_rules import (
     HeaderRule,
     PercentRule,
     RegionRule,
     Rule,
-    RuleEntry,
     UserRule,
     Value,
     rule_document,
@@ -67,10 +68,12 @@ __all__ = [
     "PredictorSpec",
     "RegionRule",
     "Rollback",
+    "Rollout",
     "Rule",
     "UserRule",
     "VersionSpec",
     "Warmup",
+    "WaveSpec",
     "parse_model",
     "rule_document",
 ]
@@ -100,15 +103,6 @@ class VersionSpec(Value):
     """File name to its sha256 in hex, checked before the version is loaded."""
     compatibility: Annotated[Compatibility, wants("strict, loose or none")] = "none"
     """How close its inputs and outputs have to be to those of the version it would replace."""
-
-
-class CanarySpec(Value):
-    """A second version that takes some of the traffic."""
-
-    version: VersionText
-    """One of ``spec.versions``."""
-    rules: tuple[RuleEntry, ...] = ()
-    """Who gets it; the first match wins, tried in the order header, user, region, percent."""
 
 
 class Placement(Value):
@@ -223,6 +217,8 @@ class ModelSpec(Value):
     """What is run before a version is READY."""
     rollback: Rollback = Rollback()
     """When the version before takes over by itself."""
+    rollout: Rollout = Rollout()
+    """How a new document takes effect across the fleet."""
     limits: Limits = Limits()
     """How long and how much."""
 
@@ -274,7 +270,7 @@ def parse_model(text: bytes | str, *, name: ModelName | None) -> ModelDocument:
     at_fault = {error.path for error in errors}
     errors += [error for error in _across(document, name) if error.path not in at_fault]
     if errors or parsed is None:
-        raise ConfigError(_in_order(errors))
+        raise ConfigError(in_order(errors))
     return parsed
 
 
@@ -314,7 +310,8 @@ def _across(document: Document, name: ModelName | None) -> list[FieldError]:
     return errors
 
 
-def _in_order(errors: list[FieldError]) -> list[FieldError]:
+def in_order(errors: list[FieldError]) -> list[FieldError]:
+    """As they stand in the text, each once, and no more than anybody reads."""
     unique = list(dict.fromkeys(errors))
     unique.sort(key=lambda error: error.line or 0)  # stable: the same line keeps its order
     if len(unique) > MAX_ERRORS:

@@ -173,6 +173,7 @@ Threads = Annotated[int, Ge(1), Le(1024), wants("a whole number in 1..1024")]
 Count = Annotated[int, Ge(1), Le(1_000_000), wants("a whole number in 1..1000000")]
 Megabytes = Annotated[int, Ge(1), Le(1 << 30), wants("megabytes, a whole number of 1 or more")]
 Percent = Annotated[float, Ge(0), Le(100), AllowInfNan(False), wants("a number in 0..100")]
+Share = Annotated[float, Ge(0), Le(1), AllowInfNan(False), wants("a share in 0..1")]
 Tolerance = Annotated[float, Ge(0), AllowInfNan(False), wants("a number of 0 or more")]
 Seconds = Annotated[float, Ge(0), Le(YEAR_S), AllowInfNan(False), wants("seconds, 0 up to a year")]
 PositiveSeconds = Annotated[

@@ -72,6 +72,17 @@ def _edit(
     return BadDocument(name, raw, path, line, message, errors, schema_refuses)
 
 
+def _canary(
+    name: str, more: str, path: str, message: str, *, errors: int = 1, schema_refuses: bool = True
+) -> BadDocument:
+    """``more``: fields of the canary, in flow style. Its rules make room for them."""
+    fields = "    " + more.replace("}], ", "}]\n    ") + "\n"
+    raw = GOOD[: GOOD.index("    rules:")] + fields + GOOD[GOOD.index("  placement:") :]
+    where = f"spec.canary.{path}" if path else "spec.canary"
+    line = 11 if not path else 12 + ("\n    sticky" in fields and "sticky" in path) + 1
+    return BadDocument(name, raw.encode(), where, line, message, errors, schema_refuses)
+
+
 def _whole(
     name: str, raw: bytes | str, line: int | None, message: str, *, path: str = "", errors: int = 1
 ) -> BadDocument:
@@ -275,8 +286,40 @@ _SPELLING = (
           "spec.canary.rules[2].region.in", 16, "want a list of one entry or more"),
     _edit("regions by another name", _REGION, "{header: X-Region, regions: [cn-sh]}",
           "spec.canary.rules[2].region.regions", 16, "unknown field", errors=2),
-    _edit("steps of a later release", "    rules:", "    steps: [5, 20]\n    rules:",
-          "spec.canary.steps", 13, "unknown field"),
+    _canary("steps as numbers", "steps: [5, 20]",
+            "steps[0]", "want a mapping, got 5", errors=2),
+    _canary("a step without its time", "steps: [{percent: 5}]",
+            "steps[0].hold_s", "required"),
+    _canary("a step over 100", "steps: [{percent: 101, hold_s: 1}]",
+            "steps[0].percent", "want a number in 0..100, got 101"),
+    _canary("a step by another name", "steps: [{percent: 5, hold: 1, hold_s: 1}]",
+            "steps[0].hold", "unknown field"),
+    _canary("a time that is negative", "steps: [{percent: 5, hold_s: -1}]",
+            "steps[0].hold_s", "want seconds"),
+    _canary("steps that fall", "steps: [{percent: 9, hold_s: 1}, {percent: 5, hold_s: 1}]",
+            "steps", "got 5 in step 1 after 9", schema_refuses=False),
+    _canary("steps that stand still", "steps: [{percent: 5, hold_s: 1}, {percent: 5, hold_s: 1}]",
+            "steps", "got 5 in step 1 after 5", schema_refuses=False),
+    _canary("sticky without an id", "steps: [{percent: 5, hold_s: 1}], sticky: {}",
+            "sticky", "want exactly one of header, claim"),
+    _canary("sticky without steps", "sticky: {header: X-User-Id}",
+            "", "there are none", schema_refuses=False),
+    _canary("an error rate in percent", "gates: {error_rate: 5}",
+            "gates.error_rate", "want a share in 0..1, got 5"),
+    _canary("a canary that must be faster", "gates: {p95_ratio: 0.9}",
+            "gates.p95_ratio", "want a number in 1..1000"),
+    _canary("no samples at all", "gates: {min_samples: 0}",
+            "gates.min_samples", "want a whole number"),
+    _canary("agreement without a mirror", "gates: {agreement: 0.9}",
+            "", "want mirror too", schema_refuses=False),
+    _canary("promoted at will", "promote: later",
+            "promote", "want auto or manual, got 'later'"),
+    _canary("a mirror without a share", "mirror: {}",
+            "mirror.percent", "required"),
+    _canary("a mirror over 100", "mirror: {percent: 200}",
+            "mirror.percent", "want a number in 0..100"),
+    _canary("a top of none", "mirror: {percent: 1, compare: {topk: 0}}",
+            "mirror.compare.topk", "want a whole number"),
     # --- placement, predictor, warm-up ------------------------------------------------------------
     _edit("unknown device", "device: cpu", "device: tpu", "spec.placement.device", 18,
           'want "cpu", "gpu" or "gpu:N", got \'tpu\''),
@@ -327,8 +370,20 @@ _SPELLING = (
           "want seconds, more than 0"),
     _edit("timeout without unit in its name", "timeout_s", "timeout", "spec.limits.timeout", 22,
           "did you mean timeout_s?"),
-    _edit("rollout of a later release", "  limits:", "  rollout: {}\n  limits:", "spec.rollout", 22,
+    _edit("mesh of a later release", "  limits:", "  mesh: {}\n  limits:", "spec.mesh", 22,
           "unknown field"),
+    _edit("waves without their strategy", "  limits:",
+          "  rollout: {waves: [{percent: 5}]}\n  limits:", "spec.rollout", 22,
+          "want no waves with strategy immediate", schema_refuses=False),
+    _edit("waves without any", "  limits:", "  rollout: {strategy: waves}\n  limits:",
+          "spec.rollout", 22, "want one wave or more", schema_refuses=False),
+    _edit("wave of two kinds", "  limits:",
+          "  rollout: {strategy: waves, waves: [{percent: 5, labels: {a: b}}]}\n  limits:",
+          "spec.rollout.waves[0]", 22, "exactly one of percent, labels"),
+    _edit("strategy unheard of", "  limits:", "  rollout: {strategy: wave}\n  limits:",
+          "spec.rollout.strategy", 22, "want immediate, waves or barrier"),
+    _edit("rollout without time", "  limits:", "  rollout: {timeout_s: 0}\n  limits:",
+          "spec.rollout.timeout_s", 22, "want seconds, more than 0"),
     _edit("nothing after limits", "limits: {timeout_s: 10, queue: 256}", "limits:", "spec.limits",
           22, "want a mapping, got nothing"),
     # --- all of it at once ------------------------------------------------------------------------

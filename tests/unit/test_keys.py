@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from registry.keys import (
     BadKey,
+    CoordinatorKey,
     EventKey,
     FaultKey,
     GatewayKey,
@@ -17,8 +18,11 @@ from registry.keys import (
     LastGoodKey,
     ModelKey,
     NodeKey,
+    OrderKey,
     PipelineKey,
     QuarantineKey,
+    RolloutKey,
+    SamplesKey,
     StatusKey,
     normalize_prefix,
 )
@@ -41,6 +45,10 @@ KEYS: dict[str, tuple[str, Key]] = {
     "/paddlewheel/faults/ocr-rec/1.4.0-canary.2/node-1": (K.fault(M, V, N), FaultKey(M, V, N)),
     "/paddlewheel/quarantine/ocr-rec/1.4.0-canary.2": (K.quarantine(M, V), QuarantineKey(M, V)),
     "/paddlewheel/lastgood/ocr-rec": (K.lastgood(M), LastGoodKey(M)),
+    "/paddlewheel/coordinator": (K.coordinator, CoordinatorKey()),
+    "/paddlewheel/rollouts/ocr-rec": (K.rollout(M), RolloutKey(M)),
+    "/paddlewheel/orders/ocr-rec": (K.order(M), OrderKey(M)),
+    "/paddlewheel/samples/ocr-rec/node-1": (K.samples(M, N), SamplesKey(M, N)),
     f"/paddlewheel/events/{ULID}": (K.event(ULID), EventKey(ULID)),
 }
 
@@ -63,6 +71,8 @@ NOT_OURS = [
     "/paddlewheel/nodes/..",
     "/paddlewheel/status/a", "/paddlewheel/faults/a/1", "/paddlewheel/quarantine/a/1 ",
     "/paddlewheel/quarantine/a/", "/paddlewheel/events/1", "/paddlewheel/configs/models/a\n",
+    "/paddlewheel/coordinator/", "/paddlewheel/rollouts/", "/paddlewheel/orders/a/b",
+    "/paddlewheel/samples/a",
     "/paddlewheel/lastgood/a/", "//paddlewheel/configs/models/a",
     "/paddlewheel/history/models/a/٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٠٤٢",
 ]  # fmt: skip

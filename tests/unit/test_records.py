@@ -74,7 +74,7 @@ RECORDS: dict[str, tuple[Record, dict[str, Any]]] = {
         ),
         {
             "model": "m", "node": "a", "revision": 9, "accepted": False, "applied_revision": 7,
-            "error": "spec.live (line 5): no",
+            "prepared_revision": None, "error": "spec.live (line 5): no",
             "errors": [{"path": "spec.live", "line": 5, "message": "no"}],
             "live": "1", "canary": None, "standby": None, "intent": {"live": "2", "canary": None},
             "reason": None, "servables": [SERVABLE_JSON],
