@@ -34,6 +34,14 @@ class PipelineKey:
 
 
 @dataclass(frozen=True, slots=True)
+class PipelineStatusKey:
+    """``pipelines/<name>/<node>``"""
+
+    name: ModelName
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayKey:
     """``configs/gateway``"""
 
@@ -120,7 +128,7 @@ class EventKey:
 
 
 Key = (
-    ModelKey | PipelineKey | GatewayKey | HistoryKey | NodeKey
+    ModelKey | PipelineKey | PipelineStatusKey | GatewayKey | HistoryKey | NodeKey
     | StatusKey | FaultKey | QuarantineKey | LastGoodKey
     | CoordinatorKey | RolloutKey | OrderKey | SamplesKey | EventKey
 )  # fmt: skip
@@ -207,6 +215,9 @@ class Keys:
     def status_prefix(self, model: ModelName | None = None) -> str:
         return f"{self.prefix}/status/" + _below(model)
 
+    def pipeline_status_prefix(self, name: ModelName | None = None) -> str:
+        return f"{self.prefix}/pipelines/" + _below(name)
+
     def faults_prefix(self, model: ModelName | None = None, version: Version | None = None) -> str:
         return f"{self.prefix}/faults/" + _below(model, version)
 
@@ -238,6 +249,9 @@ class Keys:
 
     def status(self, model: ModelName, node: NodeId) -> str:
         return f"{self.prefix}/status/{_model(model)}/{_node(node)}"
+
+    def pipeline_status(self, name: ModelName, node: NodeId) -> str:
+        return f"{self.prefix}/pipelines/{_model(name)}/{_node(node)}"
 
     def fault(self, model: ModelName, version: Version, node: NodeId) -> str:
         return f"{self.prefix}/faults/{_model(model)}/{_version(version)}/{_node(node)}"
@@ -288,6 +302,8 @@ class Keys:
                 return NodeKey(NodeId(node))
             case ["status", model, node] if is_model_name(model) and is_node_id(node):
                 return StatusKey(ModelName(model), NodeId(node))
+            case ["pipelines", name, node] if is_model_name(name) and is_node_id(node):
+                return PipelineStatusKey(ModelName(name), NodeId(node))
             case ["faults", model, version, node] if (
                 is_model_name(model) and is_version(version) and is_node_id(node)
             ):

@@ -142,3 +142,12 @@ def _open_up(schema: dict[str, Any], top: dict[str, Any]) -> list[dict[str, Any]
     for choice in schema.get("anyOf", ()):
         found += _open_up(choice, top)
     return found
+
+
+def in_order(errors: list[FieldError]) -> list[FieldError]:
+    """Each error once, by line, at most `MAX_ERRORS` of them and a word about the rest."""
+    unique = list(dict.fromkeys(errors))
+    unique.sort(key=lambda error: error.line or 0)  # stable: the same line keeps its order
+    if len(unique) > MAX_ERRORS:
+        unique = [*unique[:MAX_ERRORS], FieldError("", None, "and more errors")]
+    return unique
