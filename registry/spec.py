@@ -8,7 +8,6 @@ from pydantic import Field, ValidationError
 
 from registry.document import Document, read
 from registry.document_tree import (
-    MAX_ERRORS,
     ConfigError,
     FieldError,
     Path,
@@ -18,7 +17,7 @@ from registry.document_tree import (
 )
 from registry.names import ModelName, Version, is_model_name, is_version
 from registry.spec_canary import CanarySpec
-from registry.spec_errors import explain
+from registry.spec_errors import explain, in_order
 from registry.spec_rollout import Rollout, WaveSpec
 from registry.spec_rules import (
     HeaderRule,
@@ -308,12 +307,3 @@ def _across(document: Document, name: ModelName | None) -> list[FieldError]:
         if first_at and is_version(aspired) and aspired not in first_at:
             refuse(path, f"want a version listed under spec.versions ({known}), got {aspired!r}")
     return errors
-
-
-def in_order(errors: list[FieldError]) -> list[FieldError]:
-    """As they stand in the text, each once, and no more than anybody reads."""
-    unique = list(dict.fromkeys(errors))
-    unique.sort(key=lambda error: error.line or 0)  # stable: the same line keeps its order
-    if len(unique) > MAX_ERRORS:
-        unique = [*unique[:MAX_ERRORS], FieldError("", None, "and more errors")]
-    return unique
