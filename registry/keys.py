@@ -30,7 +30,7 @@ class ModelKey:
 class PipelineKey:
     """``configs/pipelines/<name>``"""
 
-    name: str
+    name: ModelName
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,7 @@ class Keys:
     def model(self, model: ModelName) -> str:
         return f"{self.models_prefix}{_model(model)}"
 
-    def pipeline(self, name: str) -> str:
+    def pipeline(self, name: ModelName) -> str:
         return f"{self.pipelines_prefix}{_model(name)}"
 
     def history(self, model: ModelName, revision: Revision) -> str:
@@ -291,7 +291,7 @@ class Keys:
             case ["configs", "models", model] if is_model_name(model):
                 return ModelKey(ModelName(model))
             case ["configs", "pipelines", name] if is_model_name(name):
-                return PipelineKey(name)
+                return PipelineKey(ModelName(name))
             case ["configs", "gateway"]:
                 return GatewayKey()
             case ["history", "models", model, revision] if (
