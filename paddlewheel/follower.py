@@ -42,6 +42,9 @@ from registry.store import Batch, Listing, Put, Store, StoreError
 log = structlog.get_logger(__name__)
 
 REFUSED_RETRY_S = 5.0
+SAVE_AFTER_S = 0.25
+"""The snapshot's two fsyncs come after what a new document sets off, and once for many of them:
+on the thread that parses, each made the next document wait."""
 
 Fold = Callable[[Catalog], tuple[Catalog, tuple[Change, ...]]]
 
@@ -330,13 +333,13 @@ class Follower:
     # --- the snapshot -------------------------------------------------------------------------
 
     async def _save_snapshots(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._unsaved.wait()
+            await asyncio.sleep(SAVE_AFTER_S)
             self._unsaved.clear()
             snapshot = self._catalog.snapshot(self._keys)
             try:
-                await loop.run_in_executor(self._thread, save, self._snapshot_path, snapshot)
+                await asyncio.to_thread(save, self._snapshot_path, snapshot)
             except PaddlewheelError as exc:
                 log.warning("snapshot_not_saved", error=str(exc))
 
