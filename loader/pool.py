@@ -38,6 +38,10 @@ PREFETCH_BELOW_S = 0.005
 then it hides the way to the worker and back. Behind a long run it would wait for that worker
 while another one goes idle."""
 
+KILL_AFTER_S = 0.02
+"""A poisoned worker gets nothing more to do; its end, which keeps a core busy for milliseconds,
+waits until the requests that met the fault were sent to another one."""
+
 BACKOFF_FIRST_S = 0.25
 BACKOFF_MAX_S = 30.0
 REPLACE_TIMEOUT_S = 600.0
@@ -387,7 +391,7 @@ class WorkerPool:
         if fault.handling.replaces_worker:
             # Its device context is poisoned: what waits behind must not be run there.
             worker, seat.worker = seat.worker, None
-            worker.kill()
+            self._loop.call_later(KILL_AFTER_S, worker.kill)
             self._take_back(seat)
             self._last_error = str(fault.message)
             self._report(fault, pid, request)
