@@ -157,7 +157,8 @@ async def _read_events(
         if on_tick is not None:
             on_tick(event)
     code = await process.wait()
-    raise LoadFailed(f"the load generator ended with {code} and without a result")
+    cut = f"; its last line was cut after {len(line)} bytes" if line else ""
+    raise LoadFailed(f"the load generator ended with {code} and without a result{cut}")
 
 
 # --- the process itself -----------------------------------------------------------------------
