@@ -1,7 +1,8 @@
 """Canary rules, compiled: which of a model's requests go to the canary, and by which rule.
 
 First match wins; the kinds are tried in the order header, user, region, percent, whatever the
-order written (SPEC section 3). No clock and no dice here: chance comes in as a number.
+order written (SPEC section 3), and last the share of the canary's step. No clock and no dice here:
+chance comes in as a number.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from registry.names import ModelName
 from registry.spec import HeaderRule, PercentRule, RegionRule, Rule, UserRule
+from registry.spec_canary import Sticky
 
 BUCKETS = 10_000
 """A percent counts in steps of 0.01."""
@@ -30,9 +32,9 @@ class Match:
     """The rule that took a request."""
 
     kind: str
-    """header, user, region or percent."""
+    """header, user, region, percent or step."""
     index: int
-    """Its place among the rules as written, from 0."""
+    """Its place among the rules, or the steps, as written, from 0."""
     detail: str
     """The rule in words, from the document alone: nothing that the client sent."""
 
@@ -97,6 +99,27 @@ class _Percent:
     share: float
 
 
+class StepShare(NamedTuple):
+    """The share of users that a canary's step gives it."""
+
+    step: int
+    """Its place among the steps, from 0."""
+    percent: float
+    sticky: Sticky | None = None
+    """Where the user's id is; ``None``: the first user rule's, else ``X-User-Id``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A percent like any other, except that a user stays on one side of it."""
+
+    match: Match
+    threshold: int
+    share: float
+    ids: _Users | None
+    """``None``: where region rules find theirs."""
+
+
 @dataclass(frozen=True, slots=True)
 class CompiledRules:
     """The rules of one model's canary, sorted by kind and ready to be asked.
@@ -110,6 +133,8 @@ class CompiledRules:
     _users: tuple[_Users, ...]
     _regions: tuple[_Regions, ...]
     _percents: tuple[_Percent, ...]
+    step: StepShare | None = None
+    _step: _Step | None = None
 
     def decide(self, headers: Headers, claims: Mapping[str, Any] | None, chance: float) -> Verdict:
         """Return the rule that takes this request to the canary, if any does.
@@ -155,6 +180,16 @@ class CompiledRules:
             if chance < percent.share or percent.share >= 1.0:
                 return Verdict(percent.match, bucket)
             chance = (chance - percent.share) / (1.0 - percent.share)
+        step = self._step
+        if step is not None:
+            user_id = self._step_user(step, headers, claims)
+            if user_id is not None:
+                if bucket is None or user_id != seen:
+                    bucket = user_bucket(self.model, user_id)
+                if bucket < step.threshold:
+                    return Verdict(step.match, bucket)
+            elif chance < step.share or step.share >= 1.0:
+                return Verdict(step.match, bucket)
         return Verdict(None, bucket)
 
     def share(self, headers: Headers, claims: Mapping[str, Any] | None) -> float:
@@ -169,7 +204,17 @@ class CompiledRules:
                     left *= 1.0 - region.share
         for percent in self._percents:
             left *= 1.0 - percent.share
+        step = self._step
+        if step is not None and self._step_user(step, headers, claims) is None:
+            left *= 1.0 - step.share
         return 1.0 - left
+
+    def _step_user(
+        self, step: _Step, headers: Headers, claims: Mapping[str, Any] | None
+    ) -> str | None:
+        if step.ids is None:
+            return self._region_user(headers, claims)
+        return step.ids.user_id(headers, claims)
 
     def _region_user(self, headers: Headers, claims: Mapping[str, Any] | None) -> str | None:
         """The first user rule's id, else ``X-User-Id``, else nobody (SPEC section 8)."""
@@ -181,8 +226,10 @@ _UNLUCKY = 1.0
 """Above every chance: no dice falls for the canary, except where the share is all of it."""
 
 
-def compile_rules(model: ModelName, rules: Sequence[Rule]) -> CompiledRules:
-    """Sort ``rules`` by kind and prepare what each needs per request."""
+def compile_rules(
+    model: ModelName, rules: Sequence[Rule], step: StepShare | None = None
+) -> CompiledRules:
+    """Sort ``rules`` by kind and prepare what each needs per request; ``step`` comes after all."""
     headers: list[_Header] = []
     users: list[tuple[UserRule, Match]] = []
     regions: list[tuple[RegionRule, Match]] = []
@@ -203,8 +250,27 @@ def compile_rules(model: ModelName, rules: Sequence[Rule]) -> CompiledRules:
                 found = Match("percent", index, f"{rule.percent:g} % by chance")
                 percents.append(_Percent(found, rule.percent / 100))
     return CompiledRules(
-        model, tuple(rules), tuple(headers), _by_source(users), _by_header(regions), tuple(percents)
+        model,
+        tuple(rules),
+        tuple(headers),
+        _by_source(users),
+        _by_header(regions),
+        tuple(percents),
+        step,
+        None if step is None else _compile_step(step),
     )
+
+
+def _compile_step(step: StepShare) -> _Step:
+    sticky = step.sticky
+    ids: _Users | None = None
+    source = "user"
+    if sticky is not None:
+        source = f"header {sticky.header}" if sticky.header else f"claim {sticky.claim}"
+        ids = _Users(sticky.header and sticky.header.lower(), sticky.claim, ())
+    detail = f"{step.percent:g} % by {source}, else by chance"
+    threshold = _threshold(step.percent)
+    return _Step(Match("step", step.step, detail), threshold, step.percent / 100, ids)
 
 
 def _by_source(rules: Sequence[tuple[UserRule, Match]]) -> tuple[_Users, ...]:

@@ -140,6 +140,11 @@ class Route:
                 "digest": self.canary.digest,
                 "rules": [dict(rule_document(rule)) for rule in written],
             }
+            if self.rules is not None and self.rules.step is not None:
+                canary["step"] = {
+                    "index": self.rules.step.step,
+                    "percent": self.rules.step.percent,
+                }
         return {
             "live": self.live.version if self.live else None,
             "live_digest": self.live.digest if self.live else None,
