@@ -1,9 +1,10 @@
 """The reconcile loop of one node: the only writer of servable states and of what is in force.
 
-Everybody else leaves a wish (`aspire`, `forget_model`, `set_quarantined`, `set_fallback`) and the
-loop compares it with what is (`loader.policy`). Long work (fetching, loading, ending processes)
-runs in tasks that report back; a step itself never waits, so routing follows the decision in the
-same turn of the event loop. Faults come in through `loader.fault_desk`.
+Everybody else leaves a wish (`aspire`, `prepare`, `forget_model`, `set_quarantined`,
+`set_fallback`) and the loop compares it with what is (`loader.policy`). Long work (fetching,
+loading, ending processes) runs in tasks that report back; a step itself never waits, so routing
+follows the decision in the same turn of the event loop. Faults come in through
+`loader.fault_desk`.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from typing import Any, Protocol
 import structlog
 
 from loader import policy
-from loader.devices import BadDevice, Cordon, DevicePool, Priority
+from loader.devices import BadDevice, Cordon, DevicePool
 from loader.drills import DrillBox
 from loader.fault_desk import FaultDesk
 from loader.faults import Fault
 from loader.lifecycle import UNDERWAY, State
 from loader.model import Model, ModelView
-from loader.plan import Order, aspire, fallback_id, is_pending, order_for
+from loader.plan import fallback_id, order_for
 from loader.policy import InForce, World
-from loader.readying import Readying, total_mb
+from loader.readying import Readying
 from loader.repository import ModelRepository
+from loader.room import is_tight
 from loader.servable import Servable
-from loader.upkeep import RETRY_FIRST_S, Upkeep, resolved
+from loader.upkeep import RETRY_FIRST_S, Upkeep
+from loader.wishes import take_aspired, take_prepared
 from loader.zygote import Zygote
 from registry.events import EventType
 from registry.names import ModelName, NodeId, Revision, ServableId, Version
@@ -118,47 +121,55 @@ class Manager:
     # --- wishes -------------------------------------------------------------------------------
 
     def aspire(self, document: ModelDocument, revision: Revision) -> None:
-        """Make ``document`` what this node works towards. A newer one replaces an older one."""
+        """Make ``document`` what this node works towards. A newer one replaces an older one.
+
+        One that was prepared, or was in force just before, comes into force by a change of
+        pointer.
+        """
         model = self._model(document.name)
-        if revision == model.aspired_revision and document == model.aspired:
-            return
-        model.aspired, model.aspired_revision = document, revision
-        model.is_deleted = False
-        model.aspiration, orders = aspire(document, revision)
-        self._keep_loading(model, orders)
-        # A new document is a new chance for all that failed.
+        if take_aspired(model, document, revision):
+            self._try_all_again(model)
+        self.publish(model)
+        self.touch(model.name)
+
+    def prepare(
+        self, document: ModelDocument, revision: Revision, *, awaits_base: bool = False
+    ) -> None:
+        """Make the versions of ``document`` ready beside what serves; routing stays as it is.
+
+        awaits_base: the document to have in force meanwhile is still being looked up; until
+        something serves, this one leaves the memory to it.
+        """
+        model = self._model(document.name)
+        model.awaits_base = awaits_base
+        if take_prepared(model, document, revision):
+            self._try_all_again(model)
+        self.publish(model)
+        self.touch(model.name)
+
+    def drop_prepared(self, name: ModelName) -> None:
+        """Prepare nothing: what was loaded only for that goes."""
+        model = self._models.get(name)
+        if model is not None and model.prepared is not None:
+            model.prepared, model.awaits_base = None, False
+            self.publish(model)
+            self.touch(name)
+
+    def _try_all_again(self, model: Model) -> None:
+        """A new document is a new chance for all that failed."""
         model.retry_at_s.clear()
         model.attempts.clear()
         for servable in [s for s in model.servables.values() if s.state is State.FAILED]:
             self._upkeep.remove(model, servable)
         model.trouble = None
-        self.publish(model)
-        self.touch(model.name)
-
-    def _keep_loading(self, model: Model, orders: Mapping[ServableId, Order]) -> None:
-        """Take the new orders; what is being made ready for the same order goes on.
-
-        Everything else is resolved again: the bytes at a source may have changed.
-        """
-        kept = {model.fallback, *model.servables}
-        model.orders = {id: order for id, order in model.orders.items() if id in kept}
-        model.fetched = {id: fetched for id, fetched in model.fetched.items() if id in kept}
-        model.fetch_ms = {id: ms for id, ms in model.fetch_ms.items() if id in kept}
-        for pending, order in orders.items():
-            under_way = [
-                s.id for s in model.servables.values()
-                if s.state in UNDERWAY and model.orders[s.id] == order and not is_pending(s.id)
-            ]  # fmt: skip
-            if under_way and model.aspiration is not None:
-                model.aspiration = resolved(model.aspiration, pending, under_way[0])
-            else:
-                model.orders[pending] = order
 
     def forget_model(self, name: ModelName) -> None:
         """The document was deleted: drain, unload, then know it no more."""
         if (model := self._models.get(name)) is not None:
             model.aspired = model.aspired_revision = model.aspiration = None
+            model.prepared, model.awaits_base = None, False
             model.fallback, model.is_deleted = None, True
+            model.former.clear()
             self.touch(name)
 
     def set_quarantined(self, name: ModelName, quarantined: Mapping[Version, Quarantine]) -> None:
@@ -335,43 +346,11 @@ class Manager:
             now_s=asyncio.get_running_loop().time(),
             fallback=model.fallback,
             fallback_revision=model.fallback_revision,
-            is_tight=self._is_tight(model),
+            is_tight=is_tight(model, self._devices),
             suspected=model.suspected,
+            prepared=None if model.prepared is None else model.prepared.aspiration,
+            awaits_base=model.awaits_base,
         )
-
-    def _is_tight(self, model: Model) -> bool:
-        """Whether what is wanted next fits only once this model's standby has gone.
-
-        Wanted by this model, or by one of a higher priority that stands in line.
-        """
-        aspiration, standby_id = model.aspiration, model.in_force.standby
-        standby = model.servables.get(standby_id) if standby_id is not None else None
-        if standby is not None and self._is_outranked(standby):
-            return True
-        going = [s for s in model.servables.values() if s.state is State.DRAINING]
-        if aspiration is None or (standby is None and not going):
-            return False
-        for id in (aspiration.live, aspiration.canary):
-            fetched = model.fetched.get(id) if id is not None else None
-            if id is None or fetched is None:
-                continue
-            wanted = model.servables.get(id)
-            if wanted is not None and (wanted.state is not State.FETCHING or wanted.memory_mb):
-                continue  # it has its memory, or failed for want of something else
-            recipe = model.orders[id].recipe
-            leaving = [s for s in (standby, *going) if s and s.recipe.device == recipe.device]
-            with contextlib.suppress(BadDevice):
-                free_mb = self._devices.free_mb(recipe.device)
-                freed_mb = free_mb + sum(servable.memory_mb for servable in leaving)
-                if free_mb < total_mb(recipe, fetched) <= freed_mb:
-                    return True
-        return False
-
-    def _is_outranked(self, standby: Servable) -> bool:
-        with contextlib.suppress(BadDevice):
-            first = self._devices.waiting_priority(standby.recipe.device)
-            return first is not None and first > Priority.parse(standby.recipe.priority)
-        return False
 
     def _reconcile(self, name: ModelName) -> None:
         self._dirty.discard(name)
@@ -385,7 +364,7 @@ class Manager:
             self._perform(model, action)
         else:
             log.error("reconcile_did_not_converge", model=name)
-        if model.aspiration is None and not model.servables and model.fallback is None:
+        if model.is_over:
             if not model.quarantined and not model.own_quarantines:
                 del self._models[name]
             self._desk.drop(name)

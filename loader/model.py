@@ -17,6 +17,17 @@ from registry.records import Quarantine
 from registry.spec import ModelDocument
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A document to be made ready beside what serves."""
+
+    document: ModelDocument
+    aspiration: Aspiration
+
+    def is_for(self, document: ModelDocument, revision: Revision) -> bool:
+        return self.aspiration.revision == revision and self.document == document
+
+
 @dataclass(slots=True, eq=False)
 class Model:
     """Written by the manager only."""
@@ -28,6 +39,14 @@ class Model:
     is_deleted: bool = False
     """Its document was taken away: what there was to fall back to is of no more use."""
     aspiration: Aspiration | None = None
+    prepared: Prepared | None = None
+    """What is loaded only to be ready when the fleet says so."""
+    awaits_base: bool = False
+    """The document to have in force while one is prepared is being looked up."""
+    former: dict[Revision, tuple[ModelDocument, Aspiration]] = field(
+        default_factory=dict[Revision, tuple[ModelDocument, Aspiration]]
+    )
+    """What was aspired to before, the oldest first."""
     document: ModelDocument | None = None
     """The document in force."""
     in_force: InForce = field(default_factory=InForce)
@@ -99,6 +118,31 @@ class Model:
         pools = (servable.pool for servable in self.servables.values())
         return self.answered_before + sum(pool.answered for pool in pools if pool is not None)
 
+    def document_of(self, id: ServableId) -> ModelDocument | None:
+        """The document by which ``id`` is loaded."""
+        aspired = frozenset() if self.aspiration is None else self.aspiration.ids()
+        if self.prepared is not None and id in self.prepared.aspiration.ids() - aspired:
+            return self.prepared.document
+        return self.aspired or self.document
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is wanted of it and nothing is left."""
+        is_wanted = self.aspiration or self.prepared or self.fallback
+        return not is_wanted and not self.servables
+
+    @property
+    def ready_revision(self) -> Revision | None:
+        """Of the newest document all of whose servables are loaded, in force or not."""
+        prepared = None if self.prepared is None else self.prepared.aspiration
+        for aspiration in (prepared, self.aspiration):
+            if aspiration is not None and all(map(self._is_loaded, aspiration.ids())):
+                return aspiration.revision
+        in_force, aspired = self.in_force, self.aspiration
+        if aspired is not None and aspired.revision == in_force.revision:
+            return None  # it was, and something of it was taken out
+        return in_force.revision or None if in_force.live is not None else None
+
     def view(self) -> ModelView:
         return ModelView(
             name=self.name,
@@ -106,6 +150,9 @@ class Model:
             aspired=self.aspired,
             aspired_revision=self.aspired_revision,
             aspiration=self.aspiration,
+            prepared=None if self.prepared is None else self.prepared.document,
+            is_required=self.aspired is not None or self.awaits_base or self.fallback is not None,
+            ready_revision=self.ready_revision,
             in_force=self.in_force,
             servables=tuple(self.servables.values()),
             reason=self._difference(),
@@ -117,9 +164,12 @@ class Model:
 
     def _difference(self) -> str | None:
         """Why what is in force is not what the document asks for, or fails; ``None``: all well."""
-        if self.aspiration is None:
+        if self.aspiration is None and self.prepared is None:
             return "deleted" if self.servables else None
-        for id in (self.aspiration.live, self.aspiration.canary):
+        aspired = [] if self.aspiration is None else [self.aspiration]
+        prepared = [] if self.prepared is None else [self.prepared.aspiration]
+        wanted = [id for each in (*aspired, *prepared) for id in (each.live, each.canary)]
+        for id in wanted:
             servable = self.servables.get(id) if id is not None else None
             if id is None or servable is None or servable.is_loaded:
                 continue
@@ -134,7 +184,7 @@ class Model:
                     return f"{id.version} is {servable.state}"
         if self.trouble is not None:
             return self.trouble
-        if self.in_force.revision != self.aspiration.revision:
+        if self.aspiration is not None and self.in_force.revision != self.aspiration.revision:
             return "not applied yet"
         return None
 
@@ -149,6 +199,12 @@ class ModelView:
     aspired: ModelDocument | None
     aspired_revision: Revision | None
     aspiration: Aspiration | None
+    prepared: ModelDocument | None
+    """The document that is only made ready; ``None``: there is none."""
+    is_required: bool
+    """Whether the node is unready while it can't serve this model."""
+    ready_revision: Revision | None
+    """Of the newest document all of whose servables are loaded, in force or not."""
     in_force: InForce
     servables: tuple[Servable, ...]
     reason: str | None

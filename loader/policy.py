@@ -4,6 +4,10 @@ Two questions, answered apart. *What should routing point at?* (`route_wanted`):
 document aspires to once all of them are ready; until then what is in force; and when that is no
 longer good, the standby, then the last good version. *What step brings servables there?*
 (`next_action`): swap, give up, load, drain, unload, one at a time, until nothing is left to do.
+
+A document that waits for the fleet's word is *prepared*: its versions are loaded beside what
+serves, and routing does not know of it. The word makes it the aspiration, and what follows is a
+change of pointer.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ class Aspiration:
     canary: ServableId | None = None
     bake_s: float = 0.0
     """How long the version before stays loaded as the warm standby."""
+
+    def ids(self) -> frozenset[ServableId]:
+        return frozenset({self.live} if self.canary is None else {self.live, self.canary})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,10 @@ class World:
     """Memory is too short to load what is wanted while a standby is kept."""
     suspected: frozenset[ServableId] = frozenset()
     """Failing, and not yet judged: not routed to while anything else can serve."""
+    prepared: Aspiration | None = None
+    """A document to be loaded beside what serves, and not to be routed to."""
+    awaits_base: bool = False
+    """The document to have in force meanwhile is still being looked up."""
 
     def is_good(self, id: ServableId | None) -> bool:
         return self.is_loaded(id) and id not in self.suspected
@@ -138,7 +149,7 @@ def route_wanted(world: World) -> InForce:
     """
     now, aspiration = world.in_force, world.aspiration
     if aspiration is None:
-        return InForce(revision=now.revision)
+        return _held(world) if world.prepared is not None else InForce(revision=now.revision)
     live_is_good = world.is_good(aspiration.live)
     canary_is_good = aspiration.canary is None or world.is_good(aspiration.canary)
     if live_is_good and (canary_is_good or not world.is_good(now.live)):
@@ -197,19 +208,34 @@ def _held(world: World) -> InForce:
 
 
 def wanted(world: World) -> tuple[ServableId, ...]:
-    """The servables that should be loaded, most important first."""
-    aspiration = world.aspiration
-    if aspiration is None:
-        return ()
-    ids = [aspiration.live]
-    if not world.is_bad(aspiration.live):
-        ids += [aspiration.canary] if aspiration.canary is not None else []
-    if world.fallback is not None and not world.is_good(world.in_force.live):
+    """The servables that should be loaded, most important first: what is to serve, then what is
+    only prepared."""
+    ids = [] if world.aspiration is None else _aspired(world, world.aspiration)
+    serves = world.is_good(world.in_force.live)
+    if world.fallback is not None and not serves:
         # Kept while it loads, even if the aspired version is being tried again meanwhile.
         fallback = world.servables.get(world.fallback)
-        if world.is_bad(aspiration.live) or (fallback is not None and fallback.state in UNDERWAY):
+        is_needed = (
+            world.prepared is not None
+            if world.aspiration is None
+            else world.is_bad(world.aspiration.live)
+        )
+        if is_needed or (ids and fallback is not None and fallback.state in UNDERWAY):
             ids.append(world.fallback)
+    if world.prepared is not None and (serves or not world.awaits_base) and not _yields(world):
+        ids += _aspired(world, world.prepared)
     return tuple(dict.fromkeys(ids))
+
+
+def _yields(world: World) -> bool:
+    """Whether what is only prepared gives its memory to what is to serve."""
+    return world.is_tight and not world.is_good(world.in_force.live)
+
+
+def _aspired(world: World, aspiration: Aspiration) -> list[ServableId]:
+    if aspiration.canary is None or world.is_bad(aspiration.live):
+        return [aspiration.live]
+    return [aspiration.live, aspiration.canary]
 
 
 def next_action(world: World) -> Action | None:
@@ -236,8 +262,9 @@ def next_action(world: World) -> Action | None:
 
 def _give_up(world: World, wants: Iterable[ServableId]) -> Action | None:
     aspired = set(wants)
-    if world.aspiration is not None and world.aspiration.canary is not None:
-        aspired.add(world.aspiration.canary)
+    for aspiration in (world.aspiration, None if _yields(world) else world.prepared):
+        if aspiration is not None:
+            aspired |= aspiration.ids()
     for snapshot in world.servables.values():
         if snapshot.id in aspired:
             continue
@@ -249,14 +276,31 @@ def _give_up(world: World, wants: Iterable[ServableId]) -> Action | None:
 
 
 def _load(world: World, wants: Iterable[ServableId]) -> Action | None:
-    """One load at a time for a model: two would only make each other, and serving, slower."""
+    """One load at a time for a model: two would only make each other, and serving, slower.
+
+    But where nothing serves, what is to serve waits for no load that is only prepared.
+    """
     states = {s.state for s in world.servables.values()}
-    if states & UNDERWAY or (world.is_tight and State.DRAINING in states):
+    if world.is_tight and State.DRAINING in states:
+        return None
+    under_way = {s.id for s in world.servables.values() if s.state in UNDERWAY}
+    if under_way and not world.is_good(world.in_force.live):
+        shadows = _only_prepared(world)
+        under_way -= shadows
+        wants = [id for id in wants if id not in shadows]
+    if under_way:
         return None
     for id in wants:
         if id not in world.servables:
             return Load(id)
     return None
+
+
+def _only_prepared(world: World) -> frozenset[ServableId]:
+    if world.prepared is None:
+        return frozenset()
+    to_serve = frozenset() if world.aspiration is None else world.aspiration.ids()
+    return world.prepared.ids() - to_serve - {world.fallback}
 
 
 def _drain(world: World, kept: Iterable[ServableId]) -> Action | None:

@@ -22,12 +22,12 @@ from loader.lifecycle import State
 from loader.loading import Predecessor
 from loader.model import Model
 from loader.plan import Order, is_pending
-from loader.policy import Aspiration
 from loader.pool import WorkerPool
 from loader.readying import Readying
 from loader.recipe import Recipe
 from loader.repository import Fetched
 from loader.servable import Servable
+from loader.wishes import resolve
 from loader.zygote import ZygoteFailed
 from registry.errors import PaddlewheelError
 from registry.events import EventType
@@ -131,10 +131,7 @@ class Upkeep:
             self.remove(model, existing)
         elif existing is not None and existing.is_loaded:
             self._book_anew(existing, order.recipe, fetched)
-        if model.aspiration is not None:
-            model.aspiration = resolved(model.aspiration, pending, id)
-        if model.fallback == pending:
-            model.fallback = id
+        resolve(model, pending, id)
         log.info(
             "servable_fetched",
             servable=str(id),
@@ -176,7 +173,7 @@ class Upkeep:
         except BaseException:
             self._readying.give_back(servable)
             raise
-        document = model.aspired or model.document
+        document = model.document_of(servable.id)
         limits = document.spec.limits if document is not None else Limits()
         rollback = document.spec.rollback if document is not None else Rollback()
         servable.signature = ready.signature
@@ -300,11 +297,3 @@ class Upkeep:
             self._host.touch(model.name)
 
         self._start(servable, end())
-
-
-def resolved(aspiration: Aspiration, pending: ServableId, id: ServableId) -> Aspiration:
-    return replace(
-        aspiration,
-        live=id if aspiration.live == pending else aspiration.live,
-        canary=id if aspiration.canary == pending else aspiration.canary,
-    )

@@ -155,10 +155,11 @@ class Node:
             if usage.cordoned is not None
         }
         for view in self._manager.views():
-            if view.aspired is None:
+            document = view.aspired or view.prepared or view.document
+            if not view.is_required or document is None:
                 continue
             devices = {s.recipe.device for s in view.servables if s.id in view.in_force.ids()}
-            on = devices or {view.aspired.spec.placement.device}
+            on = devices or {document.spec.placement.device}
             cordon = next((cordoned[device] for device in sorted(on & cordoned.keys())), None)
             if cordon is not None:
                 detail = f"its device is cordoned: {cordon.reason}"

@@ -17,6 +17,7 @@ from registry.records import (
     ServableStatus,
     WorkerStatus,
 )
+from registry.spec import ModelDocument
 
 ERRORS_MAX = 20
 """Errors of a refused document that go into the status; the first is in ``error`` too."""
@@ -28,6 +29,10 @@ class Seen:
 
     revision: Revision
     errors: tuple[FieldError, ...] = ()
+    intent: Intent | None = None
+    """What it asks for, where it was accepted; else the last accepted one speaks."""
+    reason: str | None = None
+    """Why the fleet has not put it into force."""
 
     @property
     def accepted(self) -> bool:
@@ -63,25 +68,35 @@ def model_status(
     """What this node makes of a model's document."""
     errors = seen.errors if seen is not None else ()
     in_force = view.in_force if view is not None else None
-    intended = view.aspired.spec if view is not None and view.aspired is not None else None
+    reasons = (seen.reason if seen is not None else None, view.reason if view is not None else None)
     return ModelStatus(
         model=model,
         node=node,
         revision=seen.revision if seen is not None else None,
         accepted=not errors,
         applied_revision=(in_force.revision or None) if in_force is not None else None,
+        prepared_revision=view.ready_revision if view is not None else None,
         error=one_line(errors[0]) if errors else None,
         errors=tuple(ErrorRecord.of(error) for error in errors[:ERRORS_MAX]),
         live=in_force.live.version if in_force and in_force.live else None,
         canary=in_force.canary.version if in_force and in_force.canary else None,
         standby=in_force.standby.version if in_force and in_force.standby else None,
-        intent=Intent(
-            live=intended.live if intended else None,
-            canary=intended.canary.version if intended and intended.canary else None,
-        ),
-        reason=view.reason if view is not None else None,
+        intent=(seen.intent if seen is not None else None) or _intent_of(view),
+        reason="; ".join(reason for reason in reasons if reason) or None,
         servables=tuple(servable_status(s) for s in view.servables) if view is not None else (),
     )
+
+
+def intent_of(document: ModelDocument | None) -> Intent:
+    """What ``document`` asks for."""
+    if document is None:
+        return Intent()
+    canary = document.spec.canary
+    return Intent(live=document.spec.live, canary=canary.version if canary else None)
+
+
+def _intent_of(view: ModelView | None) -> Intent:
+    return Intent() if view is None else intent_of(view.prepared or view.aspired)
 
 
 def one_line(error: FieldError) -> str:

@@ -22,7 +22,7 @@ def route_of(view: ModelView) -> Route:
     Rules and limits are those of the document in force; before there is one, limits come from
     the document that the node is working towards.
     """
-    document = view.document or view.aspired
+    document = view.document or view.aspired or view.prepared
     in_force = view.in_force
     canary = document.spec.canary if document is not None else None
     # Of several loaded servables of one version, the one that routing points at is meant.
@@ -44,7 +44,7 @@ def route_of(view: ModelView) -> Route:
         canary=in_force.canary,
         rules=compile_rules(view.name, canary.rules) if canary is not None else None,
         revision=in_force.revision,
-        required=view.aspired is not None,
+        required=view.is_required,
         pinned=pinned,
         unavailable=unavailable,
         limits=document.spec.limits if document is not None else Limits(),

@@ -45,7 +45,8 @@ class PolicyMachine(RuleBasedStateMachine):
         super().__init__()
         self.world = World(None, InForce(), {}, now_s=0.0)
         self.revision = 0
-        self.was_good: ServableId | None = None
+        self.may_serve: frozenset[ServableId] = frozenset()
+        """All that a document in force, or meant to be, ever named."""
 
     # --- the world ----------------------------------------------------------------------------
 
@@ -83,6 +84,8 @@ class PolicyMachine(RuleBasedStateMachine):
                 self.move(id, State.GONE)
             case Drain(id):
                 assert id not in self.world.in_force.ids(), "drained what routing points at"
+                if self.world.prepared is not None and not self.world.is_tight:
+                    assert id not in self.world.prepared.ids(), "drained what is prepared"
                 self.move(id, State.DRAINING)
                 by_s = self.world.now_s + 30
                 self.put(replace(self.world.servables[id], drain_by_s=by_s))
@@ -90,13 +93,20 @@ class PolicyMachine(RuleBasedStateMachine):
                 self.move(id, State.GONE)
 
     def check_swap(self, to: InForce) -> None:
-        if self.world.aspiration is None:
+        if self.world.aspiration is None and self.world.prepared is None:
             return
         if self.world.is_good(self.world.in_force.live):
             assert self.world.is_good(to.live), "took the last ready version away"
         for id in to.ids():
             assert self.world.is_good(id), "routed to what is not ready"
-        assert to.revision >= self.world.in_force.revision, "went back to an older document"
+        aspired = self.world.aspiration
+        if aspired is None or to.revision != aspired.revision:
+            assert to.revision >= self.world.in_force.revision, "went back to an older document"
+        prepared = self.world.prepared
+        if prepared is not None:
+            assert to.revision != prepared.revision, "a prepared document came into force"
+            only_prepared = prepared.ids() - self.may_serve - {self.world.fallback}
+            assert not to.ids() & only_prepared, "routed to what is only prepared"
 
     def settle(self) -> None:
         for _ in range(STEPS_MAX):
@@ -112,18 +122,57 @@ class PolicyMachine(RuleBasedStateMachine):
     def document(self, live: ServableId, canary: ServableId | None, bake_s: float) -> None:
         self.revision += 1
         aspiration = Aspiration(Revision(self.revision), live, canary, bake_s)
-        self.world = replace(self.world, aspiration=aspiration)
-        # A new document is a new chance for what failed before (the manager forgets it).
+        self.may_serve |= aspiration.ids()
+        self.world = replace(self.world, aspiration=aspiration, prepared=None)
+        self.another_chance()
+
+    def another_chance(self) -> None:
+        """A new document is one for what failed before (the manager forgets it)."""
         for id, snapshot in list(self.world.servables.items()):
             if snapshot.state is State.FAILED:
                 self.move(id, State.GONE)
 
+    @rule(live=versions, canary=st.none() | versions, awaits_base=st.booleans())
+    def document_to_prepare(
+        self, live: ServableId, canary: ServableId | None, awaits_base: bool
+    ) -> None:
+        self.revision += 1
+        prepared = Aspiration(Revision(self.revision), live, canary, 10.0)
+        self.world = replace(self.world, prepared=prepared, awaits_base=awaits_base)
+        self.another_chance()
+
+    @precondition(lambda self: self.world.prepared is not None)
+    @rule()
+    def commit(self) -> None:
+        """What is ready comes into force by swaps alone."""
+        prepared = self.world.prepared
+        assert prepared is not None
+        self.may_serve |= prepared.ids()
+        was_ready = all(map(self.world.is_good, prepared.ids()))
+        self.world = replace(self.world, aspiration=prepared, prepared=None, awaits_base=False)
+        if was_ready:
+            action = next_action(self.world)
+            assert isinstance(action, Swap)
+            assert action.to.revision == prepared.revision
+            assert (action.to.live, action.to.canary) == (prepared.live, prepared.canary)
+
+    @rule()
+    def abort(self) -> None:
+        self.world = replace(self.world, prepared=None, awaits_base=False)
+
+    @rule()
+    def base_is_known(self) -> None:
+        self.world = replace(self.world, awaits_base=False)
+
     @rule()
     def document_deleted(self) -> None:
-        self.world = replace(self.world, aspiration=None, fallback=None)
+        self.world = replace(
+            self.world, aspiration=None, fallback=None, prepared=None, awaits_base=False
+        )
 
     @rule(fallback=versions)
     def last_good(self, fallback: ServableId) -> None:
+        self.may_serve |= {fallback}
         self.world = replace(self.world, fallback=fallback)
 
     @rule(is_tight=st.booleans())
@@ -190,7 +239,8 @@ class PolicyMachine(RuleBasedStateMachine):
         assert in_force.live == aspiration.live
         assert in_force.canary == aspiration.canary
         assert in_force.revision == aspiration.revision
-        assert set(self.world.servables) == in_force.ids()
+        prepared = frozenset() if self.world.prepared is None else self.world.prepared.ids()
+        assert set(self.world.servables) == in_force.ids() | prepared
         assert next_action(self.world) is None
 
     # --- the promises -------------------------------------------------------------------------
@@ -205,7 +255,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def a_good_version_keeps_serving(self) -> None:
         """Once reconciled, a model with a loaded live version routes to a good one."""
         after = self.world
-        if after.aspiration is None:
+        if after.aspiration is None and after.prepared is None:
             return
         route = after
         for _ in range(STEPS_MAX):

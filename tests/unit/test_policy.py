@@ -42,6 +42,8 @@ def world(
     is_tight: bool = False,
     in_flight: int = 0,
     suspected: str = "",
+    prepared: Aspiration | None = None,
+    awaits_base: bool = False,
 ) -> World:
     """``states``: "a LIVE, b LOADING"."""
     servables = dict[ServableId, Snapshot]()
@@ -52,12 +54,15 @@ def world(
     return World(
         aspired, in_force, servables, NOW_S,
         fallback=fallback, is_tight=is_tight, suspected=suspects,
+        prepared=prepared, awaits_base=awaits_base,
     )  # fmt: skip
 
 
 WANT_A = Aspiration(R1, A)
 WANT_B = Aspiration(R2, B, bake_s=600)
 WANT_A_CANARY_B = Aspiration(R2, A, canary=B)
+WANT_A_CANARY_C = Aspiration(R2, A, canary=C)
+WANT_C = Aspiration(Revision(3), C)
 A_IN_FORCE = InForce(R1, A)
 B_OVER_A = InForce(R2, B, standby=A, bake_until_s=NOW_S + 600)
 
@@ -194,6 +199,79 @@ CASES: dict[str, tuple[World, Action | None]] = {
             in_flight=1,
         ),
         None,
+    ),
+    "what is prepared is loaded beside what serves": (
+        world("a LIVE", WANT_A, A_IN_FORCE, prepared=WANT_B),
+        Load(B),
+    ),
+    "and stays there, ready and without traffic": (
+        world("a LIVE, b READY", WANT_A, A_IN_FORCE, prepared=WANT_B),
+        None,
+    ),
+    "its canary too": (
+        world("a LIVE", WANT_A, A_IN_FORCE, prepared=WANT_A_CANARY_B),
+        Load(B),
+    ),
+    "the word makes it a change of pointer": (
+        world("a LIVE, b READY", WANT_B, A_IN_FORCE),
+        Swap(B_OVER_A),
+    ),
+    "what is prepared no more is drained": (
+        world("a LIVE, b READY", WANT_A, A_IN_FORCE),
+        Drain(B),
+    ),
+    "back to the document before is a change of pointer too": (
+        world("a STANDBY, b LIVE", WANT_A, B_OVER_A),
+        Swap(InForce(R1, A, standby=None, bake_until_s=NOW_S)),
+    ),
+    "what fails to get ready leaves traffic where it is": (
+        world("a LIVE, b FAILED", WANT_A, A_IN_FORCE, prepared=WANT_B),
+        None,
+    ),
+    "what is to serve is loaded before what is prepared": (
+        world("", WANT_A, prepared=WANT_B),
+        Load(A),
+    ),
+    "and waits for no such load where nothing serves": (
+        world("b LOADING", WANT_A, prepared=WANT_B),
+        Load(A),
+    ),
+    "while something serves, one load at a time": (
+        world("a LIVE, b LOADING", WANT_A_CANARY_C, A_IN_FORCE, prepared=WANT_B),
+        None,
+    ),
+    "a first document is prepared with nothing to serve": (
+        world("", None, prepared=WANT_B),
+        Load(B),
+    ),
+    "and not served": (world("b READY", None, prepared=WANT_B), None),
+    "while its base is looked up, it leaves the memory alone": (
+        world("", None, prepared=WANT_B, awaits_base=True),
+        None,
+    ),
+    "what served last serves until the base is known": (
+        world("", None, fallback=A, prepared=WANT_B, awaits_base=True),
+        Load(A),
+    ),
+    "and is routed to": (
+        world("a READY", None, fallback=A, prepared=WANT_B, awaits_base=True),
+        Swap(InForce(Revision(0), A, bake_until_s=NOW_S)),
+    ),
+    "then the other one is prepared": (
+        world("a LIVE", None, InForce(R1, A), fallback=A, prepared=WANT_B, awaits_base=True),
+        Load(B),
+    ),
+    "what is prepared gives its memory to what is to serve": (
+        world("a FETCHING, b READY", WANT_A, prepared=WANT_B, is_tight=True),
+        Drain(B),
+    ),
+    "even while it is loading": (
+        world("a FETCHING, b LOADING", WANT_A, prepared=WANT_B, is_tight=True),
+        Abandon(B),
+    ),
+    "a quarantined live falls back to its standby, not to what is prepared": (
+        world("a STANDBY, b QUARANTINED, c READY", WANT_B, B_OVER_A, prepared=WANT_C),
+        Swap(InForce(R2, A, bake_until_s=NOW_S)),
     ),
 }
 
