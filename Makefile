@@ -43,6 +43,9 @@ bench: $(VENV)/.test
 	$(BIN)/paddlewheel bench swap --save bench-results $(BENCH_ARGS)
 	$(BIN)/paddlewheel bench swap --model ocr-cls --n 20 --save bench-results
 	$(BIN)/paddlewheel bench swap --model ocr-rec --n 20 --save bench-results
+	$(BIN)/paddlewheel bench rollback --save bench-results
+	$(BIN)/paddlewheel bench propagation --save bench-results
+	$(BIN)/paddlewheel bench gateway --save bench-results
 	$(BIN)/paddlewheel bench soak --duration 600 --save bench-results
 
 $(VENV)/.python:

@@ -33,7 +33,7 @@ def figures(folder: Path) -> str:
     if any(run["machine"]["load_average_before"] > machine["cores"] / 4 for run in runs.values()):
         parts.append("The machine was shared: latencies and rates of this run say little alone.")
     for name, run in runs.items():
-        parts += [_SECTIONS[run["bench"]](run), _verdict(name, run)]
+        parts += [_SECTIONS[run["bench"]](run), *([_verdict(name, run)] if run["verdict"] else [])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -95,8 +95,63 @@ def _routing(run: Run) -> str:
     return f"{title}\n\n" + _table(["", ""], rows)
 
 
+def _rollback(run: Run) -> str:
+    steps = {
+        "from the error that is one too many to the standby's first answer": "error_to_answer_ms",
+        "to changed routes, by the node's log": "error_to_flip_ms",
+        "slowest request around it": "slowest_request_ms",
+    }
+    rows = [[what, *_spread(run[key])] for what, key in steps.items()]
+    return "\n\n".join([
+        f"## {run['rollbacks']} rollbacks of {run['model']}",
+        f"{run['requests']} requests at {run['rate_per_s']:g}/s, {run['failed']} failed; "
+        f"{run['workers_left']} poisoned workers left.",
+        _table(["", "p50", "p99", "max"], rows),
+    ])  # fmt: skip
+
+
+def _propagation(run: Run) -> str:
+    steps = {
+        "etcd's answer": "put_ms",
+        "a node's ACK": "ack_ms",
+        "the last node's ACK": "last_ack_ms",
+        "in force on the last node": "last_in_force_ms",
+    }
+    rows = [[what, *_spread(run[key])] for what, key in steps.items()]
+    title = f"## {run['documents']} documents to {run['nodes']} nodes"
+    return f"{title}\n\n" + _table(["from the put to", "p50", "p99", "max"], rows)
+
+
+def _gateway(run: Run) -> str:
+    names = ("p50_ms", "p99_ms", "added_p50_ms", "added_p99_ms")
+    rows = [
+        [
+            system, f"{seen['per_s']:.0f}", f"{seen['ratio']:.2f}" if "ratio" in seen else "-",
+            *("-" if name not in seen else f"{seen[name]:.2f} ms" for name in names),
+        ]
+        for system, seen in run["systems"].items()
+    ]  # fmt: skip
+    head = ["system", "per second", "ratio", "p50", "p99", "added p50", "added p99"]
+    absent = "" if run["nginx"] else "\n\nnginx was not on PATH."
+    return "## Through a gateway\n\n" + _table(head, rows) + absent
+
+
+def _soak(run: Run) -> str:
+    facts = [
+        [what.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value)]
+        for what, value in run.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return "## Soak\n\n" + _table(["", ""], facts)
+
+
+def _spread(seen: Run) -> list[str]:
+    return [_ms(seen[name]) for name in ("p50", "p99", "max")]
+
+
 _SECTIONS = {
     "swap": _swap, "responsiveness": _responsiveness, "front": _front, "routing": _routing,
+    "rollback": _rollback, "propagation": _propagation, "gateway": _gateway, "soak": _soak,
 }  # fmt: skip
 
 

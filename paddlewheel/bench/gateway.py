@@ -1,7 +1,7 @@
-"""What a gateway costs, next to its node alone and to nginx as a plain proxy, interleaved.
+"""``paddlewheel bench gateway``: what a gateway costs, next to its node alone and to nginx.
 
-Also as ``python -m paddlewheel.bench.gateway [--rounds N] [--turn S]``. nginx takes part where it
-is on PATH: one worker process, 200 idle connections to the node, no access log.
+nginx, as a plain proxy before the node, takes part where it is on PATH (Debian: ``nginx-light``):
+one worker process, 200 idle connections to the node, no access log.
 
 One small MLP, one node. All systems are up all the time and asked one after the other in short
 turns, so that the machine's noise hits all alike; figures are medians over the rounds.
@@ -9,7 +9,6 @@ turns, so that the machine's noise hits all alike; figures are medians over the 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -30,7 +29,7 @@ from rich.table import Table
 from paddlewheel.bench.checks import infer_body
 from paddlewheel.bench.closed_loop import closed_loop
 from paddlewheel.bench.load import http_request
-from paddlewheel.bench.report import grid_table, print_table
+from paddlewheel.bench.report import grid_table
 from paddlewheel.bench.stage import NodeProcess, StageFailed, Watcher, put_document, tail
 from paddlewheel.bench.subjects import one_version
 from paddlewheel.embedded_etcd import EmbeddedEtcd, free_ports
@@ -39,7 +38,10 @@ from paddlewheel.parentage import end_with_parent
 from registry.etcd import EtcdSettings, EtcdStore
 
 MODEL = "small"
+FORMS = ("json", "binary")
 CONCURRENCIES = (1, 8)
+LOADS = tuple(f"{form} x{many}" for form in FORMS for many in CONCURRENCIES)
+SYSTEMS = ("node", "gateway", "nginx")
 _START_TIMEOUT_S = 30.0
 
 Seen = Mapping[str, float]
@@ -94,14 +96,21 @@ def figures(seen: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
     }
 
 
-def table(run: Mapping[str, Any]) -> Table:
-    """The figures for people."""
-    columns = ("per_s", "p50_ms", "p99_ms", "added_p50_ms", "added_p99_ms", "ratio")
-    rows = [
-        (system, *(f"{shown[name]:g}" if name in shown else "" for name in columns))
-        for system, shown in run["systems"].items()
-    ]
-    return grid_table("gateway", ("system", *columns), rows)
+def tables(run: Mapping[str, Any]) -> list[Table]:
+    """The figures for people: for each load the node alone, then what passes through a proxy."""
+    columns = ("load", "per second", "ratio", "p50", "p99", "added p50", "added p99")
+    rows = [_row(f"{load}, {kind}", run["systems"].get(f"{kind} {load}"))
+            for load in LOADS for kind in SYSTEMS]  # fmt: skip
+    return [grid_table("A node alone, and through proxies", columns, rows)]
+
+
+def _row(title: str, seen: Mapping[str, float] | None) -> list[str]:
+    if seen is None:
+        return [title, "not on PATH"]
+    ratio = f"{seen['ratio']:.2f}" if "ratio" in seen else ""
+    times = ("p50_ms", "p99_ms", "added_p50_ms", "added_p99_ms")
+    shown = (f"{seen[name]:.2f} ms" if name in seen else "" for name in times)
+    return [title, f"{seen['per_s']:.0f}", ratio, *shown]
 
 
 def _median(values: Iterable[float]) -> float:
@@ -118,7 +127,7 @@ async def _systems(stack: contextlib.AsyncExitStack, folder: Path) -> dict[str, 
         ports["nginx"] = await stack.enter_async_context(_nginx(program, node_port, folder))
     inputs = {"x": np.random.default_rng(7).random((1, 64), np.float32)}
     turns: dict[str, Turn] = {}
-    for form in ("json", "binary"):
+    for form in FORMS:
         headers, body = infer_body(inputs, binary=form == "binary")
         data = http_request("POST", f"/v2/models/{MODEL}/infer", body, headers=headers)
         for many in CONCURRENCIES:
@@ -240,21 +249,3 @@ async def _until_served(port: int) -> None:
                 await asyncio.sleep(0.05)
     except TimeoutError:
         raise StageFailed(f"{url} not ready within {_START_TIMEOUT_S:g} s") from None
-
-
-def main() -> None:
-    """Measure and print a table, or JSON with ``--json``."""
-    parser = argparse.ArgumentParser(prog="python -m paddlewheel.bench.gateway")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--turn", type=float, default=0.5, metavar="S")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    run = asyncio.run(gateway(rounds=given.rounds, turn_s=given.turn))
-    if given.json:
-        print(orjson.dumps(run, option=orjson.OPT_INDENT_2).decode())
-    else:
-        print_table(table(run))
-
-
-if __name__ == "__main__":
-    main()

@@ -35,9 +35,9 @@ def result_options(command: Decorated) -> Decorated:
 
 @click.group()
 def bench() -> None:
-    """Measure the figures we publish, on this machine: routing, swaps, responsiveness, the front.
+    """Measure the figures we publish, on this machine.
 
-    Everything that is needed (an etcd, a node, small models, a load generator) is started on
+    Everything that is needed (an etcd, nodes, small models, a load generator) is started on
     loopback and ended again. Exits 1 when a promise is broken that no machine excuses: a request
     lost, an answer that mixes versions, something left open.
     """
@@ -183,6 +183,39 @@ def soak(
 
     run = _run(lambda: measure(duration_s=duration_s, seed=seed, rate_per_s=rate_per_s))
     _finish("soak", run, tables(run), criteria(run), as_json, save_in)
+
+
+@bench.command()
+@result_options
+@click.option("--nodes", default=100, show_default=True, type=click.IntRange(min=1))
+@click.option("--n", default=100, show_default=True, type=click.IntRange(min=1), help="Documents.")
+@click.option(
+    "--processes", default=4, show_default=True, type=click.IntRange(min=1),
+    help="Over which the nodes are spread.",
+)  # fmt: skip
+def propagation(as_json: bool, save_in: Path | None, nodes: int, n: int, processes: int) -> None:
+    """Put documents before many nodes, whole but for their predictors; time the last ACK."""
+    from paddlewheel.bench.propagation import criteria, tables
+    from paddlewheel.bench.propagation import propagation as measure
+
+    run = _run(lambda: measure(nodes=nodes, n=n, processes=processes))
+    _finish("propagation", run, tables(run), criteria(run), as_json, save_in)
+
+
+@bench.command()
+@result_options
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--turn", "turn_s", default=0.5, show_default=True, metavar="S",
+    type=click.FloatRange(min=0, min_open=True), help="How long each system is asked per round.",
+)  # fmt: skip
+def gateway(as_json: bool, save_in: Path | None, rounds: int, turn_s: float) -> None:
+    """Compare a gateway with its node alone, and with nginx before it where that is on PATH."""
+    from paddlewheel.bench.gateway import gateway as measure
+    from paddlewheel.bench.gateway import tables
+
+    run = _run(lambda: measure(rounds=rounds, turn_s=turn_s))
+    _finish("gateway", run, tables(run), (), as_json, save_in)
 
 
 def _run(measure: Callable[[], Coroutine[Any, Any, dict[str, Any]]]) -> dict[str, Any]:
