@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -209,11 +210,23 @@ class WorkerPool:
             if not self._unanswered:
                 self._became_idle()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Count as in flight (`registry.inference.Predictor.held`); no worker is taken."""
+        self._unanswered += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self._unanswered -= 1
+            if not self._unanswered:
+                self._became_idle()
+
     # --- what the manager sees ------------------------------------------------------------------
 
     @property
     def in_flight(self) -> int:
-        """Requests accepted and not answered: waiting or running."""
+        """Requests accepted and not answered: waiting, running or to come (`held`)."""
         return self._unanswered
 
     @property

@@ -6,6 +6,7 @@ It lives in `registry` because the two siblings above may not know each other.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,6 +141,13 @@ class Predictor(Protocol):
         feeds: one C-contiguous array for each input of the signature.
         deadline_s: the event loop's time (``loop.time()``) after which nobody waits any more.
         Raises `InferenceError` only; any number of calls may be under way at once.
+        """
+        ...
+
+    def held(self) -> AbstractContextManager[None]:
+        """Count as a request in flight inside the block: a drain waits for its end.
+
+        For who chose this servable and will ask it only later.
         """
         ...
 

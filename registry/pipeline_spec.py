@@ -347,6 +347,8 @@ class _Across:
                     self._refuse((*path, field), "is for steps that are models")
         if self._has(*path, "version") and self._has(*path, "label"):
             self._refuse((*path, "label"), "want either version or label, got both")
+        if self._has(*path, "endpoint") and self._has(*path, "label"):
+            self._refuse((*path, "label"), "is for models of this fleet: name a version, or none")
 
     def _refers(
         self, path: Path, text: str, inputs: Mapping[str, int], steps: Mapping[str, int]

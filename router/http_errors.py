@@ -29,8 +29,10 @@ from router.errors import (
     UnknownVersion,
     UnsupportedEncoding,
 )
+from router.pipeline.errors import PipelineBroken, StepFailed
 
 STATUS: Mapping[type[PaddlewheelError], int] = {
+    PipelineBroken: 503,
     BadInput: 400,
     BadRequest: 400,
     Forbidden: 403,
@@ -59,6 +61,9 @@ OUTCOMES = ("ok", "client_error", "unavailable", "deadline", "failed", "cancelle
 
 def status_of(error: BaseException) -> int:
     """Return the status that ``error`` is answered with."""
+    if isinstance(error, StepFailed):
+        status = status_of(error.error)
+        return 503 if status == 404 else status  # what a step lacks, the client never asked for
     for base in type(error).__mro__:
         status = STATUS.get(base)
         if status is not None:
@@ -80,6 +85,8 @@ def outcome_of(status: int) -> str:
 def error_headers(error: BaseException, status: int) -> dict[str, str]:
     """Return what goes with ``error``: ``Retry-After``, ``Allow``."""
     headers: dict[str, str] = {}
+    if isinstance(error, StepFailed):
+        return error_headers(error.error, status)
     if status in (429, 503):
         retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))

@@ -47,6 +47,9 @@ def values_from(outputs: Mapping[str, Array], signature: Signature) -> dict[str,
 
 def _feed(value: object, spec: TensorSpec) -> Array:
     data = _from_b64(value) if spec.dtype == "bytes" else value
+    if isinstance(data, str | bytes) and all(dim in (1, -1) for dim in spec.shape):
+        for _ in spec.shape:  # one file need not be put into lists
+            data = [data]
     shape = checked_shape(infer_shape(data, len(spec.shape)), spec)
     return from_json(data, shape, spec)
 

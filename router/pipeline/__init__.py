@@ -1,0 +1,1 @@
+"""Several models and transforms behind one request."""
