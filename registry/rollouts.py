@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+from pydantic import AllowInfNan
 
 from registry.names import ModelName, NodeId, Revision, Version
 from registry.records import At, Record
@@ -46,15 +49,21 @@ class CanaryProgress(Record):
     """How far a canary's steps are. See `paddlewheel.rollout.canary_plan`."""
 
     version: Version
+    plan: str = ""
+    """Of which canary (`registry.canary.plan_id`): a document with another one starts anew."""
     step: int = 0
     """Index into ``spec.canary.steps``."""
-    percent: float = 0.0
+    percent: Annotated[float, Ge(0), Le(100), AllowInfNan(False)] = 0.0
     """The share of traffic in force now."""
     since: At
     """When this step began."""
     verdict: Literal["pass", "inconclusive", "fail"] | None = None
     detail: str | None = None
+    """The numbers behind the verdict, or why it failed."""
+    judged_at: At | None = None
+    """When that was written."""
     phase: Literal["stepping", "done", "failed"] = "stepping"
+    """``done``: through all steps, the document is about to make it live."""
 
 
 class RolloutRecord(Record):
