@@ -18,10 +18,14 @@ from router.http_body import pack, read_body, wanted_packing
 from router.http_errors import JSON, PROBLEM
 from router.http_infer import InferEndpoint, Parse, Published
 from router.http_path import Target, parse_target
+from router.http_pipeline import PipelineEndpoint
 from router.http_probes import Inspection
 from router.http_reply import SERVER, Reply
 from router.http_server import HttpServer
 from router.metrics import Metrics
+from router.pipeline.metrics import PipelineMetrics
+from router.pipeline.ports import Pipelines, Transforms
+from router.pipeline.remote import Remote
 from router.ports import Drills, NodeView
 from router.protocols.exchange import parse_json
 from router.protocols.open_inference import parse_infer
@@ -52,6 +56,10 @@ class App:
         self._infer = InferEndpoint(self.metrics)
         self._inspect = Inspection(node, lambda: self.serving, product_version)
         self._admin = Admin(node, lambda: self.serving, drills)
+        self._remote = Remote()
+        self.pipelines = PipelineEndpoint(
+            lambda: self._infer.published, PipelineMetrics(self.metrics), self._remote
+        )
         self._server: HttpServer | None = None
         # Ids are for finding a request in logs, not secrets: a random start, then counting.
         self._id_prefix = secrets.token_hex(6)
@@ -67,6 +75,10 @@ class App:
         """Serve from ``serving`` from the next request on; those under way keep what they read."""
         self._infer.published = Published(serving, self.metrics)
 
+    def publish_pipelines(self, pipelines: Pipelines, transforms: Transforms) -> None:
+        """Answer for these pipelines from the next request on."""
+        self.pipelines.publish(pipelines, transforms)
+
     # --- connections ---------------------------------------------------------------------
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
@@ -78,6 +90,7 @@ class App:
         """Stop accepting, answer what is under way for up to ``drain_s``, then close."""
         if self._server is not None:
             await self._server.stop(drain_s=drain_s)
+        await self._remote.close()
 
     # --- requests ------------------------------------------------------------------------
 
@@ -89,6 +102,14 @@ class App:
         if request.method == "POST":
             # The hot path comes first.
             match segments:
+                case ("v2", "models", name, "infer") if self.pipelines.has(name):
+                    return await self.pipelines.infer(request, request_id, name)
+                case ("v2", "models", name, "versions", revision, "infer") if self.pipelines.has(
+                    name
+                ):
+                    return await self.pipelines.infer(request, request_id, name, version=revision)
+                case ("v1", "pipelines", name, "predict"):
+                    return await self.pipelines.predict(request, request_id, name)
                 case ("v2", "models", model, "infer"):
                     return await self._infer(request, request_id, model, parse_infer)
                 case ("v2", "models", model, "versions", version, "infer"):
@@ -176,6 +197,12 @@ class App:
                 return Reply(200, text, content_type)
             case ("v2",):
                 return inspect.server_metadata()
+            case ("v1", "pipelines"):
+                return self.pipelines.list()
+            case ("v1", "pipelines", name):
+                return self.pipelines.show(name)
+            case ("v2", "models", name, *rest) if self.pipelines.has(name):
+                return self._read_pipeline(name, tuple(rest))
             case ("v2", "models", model):
                 return inspect.model_metadata(model, None)
             case ("v2", "models", model, "versions", version):
@@ -194,6 +221,19 @@ class App:
                 return admin.servables()
             case ("admin", "explain"):
                 return admin.explain(target)
+            case _:
+                raise NotFound("no such endpoint")
+
+    def _read_pipeline(self, name: str, rest: tuple[str, ...]) -> Reply:
+        match rest:
+            case ():
+                return self.pipelines.metadata(name, None)
+            case ("versions", revision):
+                return self.pipelines.metadata(name, revision)
+            case ("ready",):
+                return self.pipelines.ready(name, None)
+            case ("versions", revision, "ready"):
+                return self.pipelines.ready(name, revision)
             case _:
                 raise NotFound("no such endpoint")
 
@@ -274,6 +314,8 @@ def _v1_call(segments: tuple[str, ...]) -> _Call | None:
 def _is_inference(segments: tuple[str, ...]) -> bool:
     if segments[:2] == ("v1", "models"):
         return _v1_call(segments) is not None
+    if segments[:2] == ("v1", "pipelines"):
+        return segments[3:] == ("predict",)
     return segments[:2] == ("v2", "models") and segments[-1] == "infer" and len(segments) in (4, 6)
 
 
