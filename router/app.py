@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
+import ssl
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import structlog
@@ -12,6 +15,9 @@ from aiohttp import web
 from registry.errors import PaddlewheelError
 from registry.inference import BadInput
 from router import http_errors
+from router.access.caller import Caller
+from router.access.guard import Guarding
+from router.access.resources import OPEN_AND_ADMIN, READINESS, Area, resource_of
 from router.errors import BadRequest, MethodNotAllowed, NotFound
 from router.http_admin import Admin
 from router.http_body import pack, read_body, wanted_packing
@@ -19,9 +25,9 @@ from router.http_errors import JSON, PROBLEM
 from router.http_infer import InferEndpoint, Parse, Published
 from router.http_path import Target, parse_target
 from router.http_pipeline import PipelineEndpoint
-from router.http_probes import Inspection
+from router.http_probes import Inspection, Seen, everything
 from router.http_reply import SERVER, Reply
-from router.http_server import HttpServer
+from router.http_server import ConnectionLimits, Handler, HttpServer
 from router.metrics import Metrics
 from router.pipeline.metrics import PipelineMetrics
 from router.pipeline.ports import Pipelines, Transforms
@@ -60,7 +66,9 @@ class App:
         self.pipelines = PipelineEndpoint(
             lambda: self._infer.published, PipelineMetrics(self.metrics), self._remote
         )
-        self._server: HttpServer | None = None
+        self.limits = ConnectionLimits()
+        self._servers: list[HttpServer] = []
+        self._has_admin_address = False
         # Ids are for finding a request in logs, not secrets: a random start, then counting.
         self._id_prefix = secrets.token_hex(6)
         self._ids = itertools.count()
@@ -79,17 +87,52 @@ class App:
         """Answer for these pipelines from the next request on."""
         self.pipelines.publish(pipelines, transforms)
 
+    @property
+    def guard(self) -> Guarding | None:
+        """Read once by each request; ``None``: everybody may use everything."""
+        return self._infer.guard
+
+    @guard.setter
+    def guard(self, guard: Guarding | None) -> None:
+        self._infer.guard = guard
+
     # --- connections ---------------------------------------------------------------------
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
+    async def start(
+        self, host: str = "127.0.0.1", port: int = 0, *, tls: ssl.SSLContext | None = None
+    ) -> str:
         """Listen; return the URL, ``http://host:port``. Raises `OSError`."""
-        self._server = HttpServer(self.handle)
-        return await self._server.start(host, port)
+        return await self._listen(self.handle, host, port, tls)
+
+    async def start_admin(
+        self, host: str, port: int, *, is_trusted: bool, tls: ssl.SSLContext | None = None
+    ) -> str:
+        """Serve ``/admin``, ``/metrics`` and the probes here, and no more of them elsewhere.
+
+        is_trusted: whoever reaches the address needs no credential.
+        """
+        self._has_admin_address = True
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            target = parse_target(request.raw_path)
+            if resource_of(target.segments).area not in OPEN_AND_ADMIN:
+                target = _NOWHERE
+            guard = None if is_trusted else self.guard
+            return await self._other(request, self._request_id(request), target, guard)
+
+        return await self._listen(handle, host, port, tls)
+
+    async def _listen(
+        self, handler: Handler, host: str, port: int, tls: ssl.SSLContext | None
+    ) -> str:
+        server = HttpServer(handler, limits=self.limits)
+        url = await server.start(host, port, tls=tls)
+        self._servers.append(server)
+        return url
 
     async def stop(self, *, drain_s: float = 30.0) -> None:
         """Stop accepting, answer what is under way for up to ``drain_s``, then close."""
-        if self._server is not None:
-            await self._server.stop(drain_s=drain_s)
+        await asyncio.gather(*(server.stop(drain_s=drain_s) for server in self._servers))
         await self._remote.close()
 
     # --- requests ------------------------------------------------------------------------
@@ -129,15 +172,25 @@ class App:
                         )
                 case _:
                     pass
-        return await self._other(request, request_id, target)
+        if self._has_admin_address and resource_of(segments).area is Area.ADMIN:
+            target = _NOWHERE
+        return await self._other(request, request_id, target, self.guard)
 
     async def _other(
-        self, request: web.BaseRequest, request_id: str, target: Target
+        self,
+        request: web.BaseRequest,
+        request_id: str,
+        target: Target,
+        guard: Guarding | None,
     ) -> web.Response:
         is_admin = target.segments[0] == "admin"
-        extra: dict[str, str] = {}
+        extra: Mapping[str, str] = {}
         try:
-            reply = await self._reply(request, target)
+            caller: Caller | None = None
+            if guard is not None:
+                admission = await guard.admit(request, resource_of(target.segments))
+                caller, extra = admission.caller, admission.headers
+            reply = await self._reply(request, target, caller, guard)
         except Exception as exc:
             if not isinstance(exc, PaddlewheelError):
                 log.exception("request_crashed", path=request.raw_path, request_id=request_id)
@@ -160,11 +213,19 @@ class App:
                 headers |= {"Content-Encoding": coding, "Vary": "Accept-Encoding"}
         return web.Response(status=reply.status, body=body, headers=headers)
 
-    async def _reply(self, request: web.BaseRequest, target: Target) -> Reply:
+    async def _reply(
+        self,
+        request: web.BaseRequest,
+        target: Target,
+        caller: Caller | None,
+        guard: Guarding | None,
+    ) -> Reply:
+        """caller: ``None`` where everybody may use everything."""
         segments, method = target.segments, request.method
+        seen = everything if caller is None else caller.may_use
         match segments:
             case ("v2", "repository", *rest):
-                return await self._repository(request, tuple(rest))
+                return await self._repository(request, tuple(rest), seen)
             case ("admin", "drill", *rest) if len(rest) < 2:
                 if method == "OPTIONS":
                     return _options(("GET", "POST", "DELETE"))
@@ -177,19 +238,22 @@ class App:
             if method == "OPTIONS":
                 return _options(allow)
             if allow is _READ:
-                self._read(request, target)  # what does not exist is 404, whatever the method
+                self._read(request, target, seen)  # what is not there is 404 by any method
             raise MethodNotAllowed((*allow, "OPTIONS"))
-        return self._read(request, target)
+        if guard is not None and segments in READINESS:
+            verbose = _is_verbose(target)
+            names = verbose and await guard.is_admin(request)
+            return self._inspect.readyz(verbose=verbose, names=names)
+        return self._read(request, target, seen)
 
-    def _read(self, request: web.BaseRequest, target: Target) -> Reply:
+    def _read(self, request: web.BaseRequest, target: Target, seen: Seen) -> Reply:
         """Answer what is read by GET. Raises `NotFound` for any other path."""
         inspect, admin = self._inspect, self._admin
         match target.segments:
             case ("livez",) | ("healthz",) | ("v2", "health", "live"):
                 return inspect.livez()
             case ("readyz",) | ("v2", "health", "ready"):
-                verbose = any(name == "verbose" for name, _ in target.parameters())
-                return inspect.readyz(verbose=verbose)
+                return inspect.readyz(verbose=_is_verbose(target))
             case ("startupz",):
                 return inspect.startupz()
             case ("metrics",):
@@ -212,7 +276,7 @@ class App:
             case ("v2", "models", model, "versions", version, "ready"):
                 return inspect.model_ready(model, version)
             case ("v1", "models"):
-                return inspect.models()
+                return inspect.models(seen)
             case ("v1", "models", model, *rest):
                 return self._v1_read(model, tuple(rest))
             case ("admin", "routes"):
@@ -256,7 +320,9 @@ class App:
             case _:
                 raise NotFound("no such endpoint")
 
-    async def _repository(self, request: web.BaseRequest, rest: tuple[str, ...]) -> Reply:
+    async def _repository(
+        self, request: web.BaseRequest, rest: tuple[str, ...], seen: Seen
+    ) -> Reply:
         """Triton's repository extension: the index is real, loading is the document's business."""
         match rest:
             case ("index",):
@@ -278,13 +344,21 @@ class App:
         ready = cast("dict[str, object]", wanted).get("ready", False)
         if not isinstance(ready, bool):
             raise BadInput("ready: want true or false")
-        return self._inspect.repository_index(ready_only=ready)
+        return self._inspect.repository_index(ready_only=ready, seen=seen)
 
     def _request_id(self, request: web.BaseRequest) -> str:
         given = request.headers.get("X-Request-Id")
         if given and len(given) <= 128 and given.isascii() and given.isprintable():
             return given
         return f"{self._id_prefix}{next(self._ids):08x}"
+
+
+_NOWHERE = Target(("",), "")
+"""For what is served at another address."""
+
+
+def _is_verbose(target: Target) -> bool:
+    return any(name == "verbose" for name, _ in target.parameters())
 
 
 class _Call(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import ssl
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -16,6 +17,9 @@ from registry.errors import PaddlewheelError
 from registry.inference import BadInput
 from registry.names import ModelName
 from router import health, http_errors
+from router.access.caller import Caller
+from router.access.guard import Admission, Guarding
+from router.access.resources import OPEN_AND_ADMIN, READINESS, Area, Resource, resource_of
 from router.deadline import TIMEOUT_HEADER, parse_timeout_s
 from router.errors import BadRequest, MethodNotAllowed, NotFound
 from router.explain import explain
@@ -26,7 +30,7 @@ from router.http_errors import CLIENT_CLOSED, JSON, PROBLEM
 from router.http_path import Target, parse_target
 from router.http_probes import EXTENSIONS
 from router.http_reply import SERVER, Reply, json_reply
-from router.http_server import HttpServer
+from router.http_server import ConnectionLimits, Handler, HttpServer
 from router.metrics import Metrics, Reading
 from router.ports import Health
 from router.protocols.exchange import parse_json
@@ -38,6 +42,8 @@ from router.upstream import AnswerBroken
 log = structlog.get_logger(__name__)
 
 NODE_HEADER = "X-Node"
+_NOWHERE = Target(("",), "")
+"""For what is served at another address."""
 _SMALL_BODY_BYTES = 1_000_000
 _READ = ("GET", "HEAD")
 _DROPPED = frozenset(name.decode() for name in HOP_BY_HOP)
@@ -56,19 +62,45 @@ class GatewayApp:
         self.metrics = GatewayMetrics(Metrics())
         self.metrics.base.add(self._readings)
         self._proxy = Proxy(rotation, on_retry=self.metrics.retried)
-        self._server: HttpServer | None = None
+        self.guard: Guarding | None = None
+        """Read once by each request; ``None``: everybody may use everything."""
+        self.limits = ConnectionLimits()
+        self._servers: list[HttpServer] = []
+        self._has_admin_address = False
         self._id_prefix = secrets.token_hex(6)
         self._ids = itertools.count()
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
+    async def start(
+        self, host: str = "127.0.0.1", port: int = 0, *, tls: ssl.SSLContext | None = None
+    ) -> str:
         """Listen; return the URL, ``http://host:port``. Raises `OSError`."""
-        self._server = HttpServer(self.handle)
-        return await self._server.start(host, port)
+        return await self._listen(self.handle, host, port, tls)
+
+    async def start_admin(
+        self, host: str, port: int, *, is_trusted: bool, tls: ssl.SSLContext | None = None
+    ) -> str:
+        """Serve ``/admin``, ``/metrics`` and the probes here, and no more of them elsewhere.
+
+        is_trusted: whoever reaches the address needs no credential.
+        """
+        self._has_admin_address = True
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            return await self._handle_admin(request, is_trusted=is_trusted)
+
+        return await self._listen(handle, host, port, tls)
+
+    async def _listen(
+        self, handler: Handler, host: str, port: int, tls: ssl.SSLContext | None
+    ) -> str:
+        server = HttpServer(handler, limits=self.limits)
+        url = await server.start(host, port, tls=tls)
+        self._servers.append(server)
+        return url
 
     async def stop(self, *, drain_s: float = 30.0) -> None:
         """Stop accepting, answer what is under way for up to ``drain_s``, then close."""
-        if self._server is not None:
-            await self._server.stop(drain_s=drain_s)
+        await asyncio.gather(*(server.stop(drain_s=drain_s) for server in self._servers))
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request. Raises cancellation, and `AnswerBroken` in the midst of an answer."""
@@ -77,7 +109,18 @@ class GatewayApp:
         path = model_path(target.segments)
         if path is not None:
             return await self._forward(request, request_id, path)
-        return await self._local(request, request_id, target)
+        if self._has_admin_address and resource_of(target.segments).area is Area.ADMIN:
+            target = _NOWHERE
+        return await self._local(request, request_id, target, self.guard)
+
+    async def _handle_admin(
+        self, request: web.BaseRequest, *, is_trusted: bool
+    ) -> web.StreamResponse:
+        target = parse_target(request.raw_path)
+        if resource_of(target.segments).area not in OPEN_AND_ADMIN:
+            target = _NOWHERE
+        guard = None if is_trusted else self.guard
+        return await self._local(request, self._request_id(request), target, guard)
 
     # --- to a node ------------------------------------------------------------------------------
 
@@ -88,13 +131,25 @@ class GatewayApp:
         began_s = loop.time()
         status = CLIENT_CLOSED
         model: str | None = None
+        guard = self.guard
+        admission: Admission | None = None
         try:
             try:
+                if guard is not None:
+                    admission = await guard.admit(request, Resource(Area.MODEL, path.model))
                 route = self._rotation.table.route(path.model)
                 model = route.model
                 headers = request.headers
                 wanted_s = parse_timeout_s(headers.get(TIMEOUT_HEADER))
-                body = await take_body(request, route.limits.max_body_mb * 1_000_000)
+                limit_bytes = route.limits.max_body_mb * 1_000_000
+                if guard is None:
+                    body = await take_body(request, limit_bytes)
+                else:
+                    body = await take_body(
+                        request,
+                        min(limit_bytes, guard.max_body_bytes or limit_bytes),
+                        timeout_s=guard.body_timeout_s,
+                    )
                 # As on a node, the clock starts with the whole request.
                 timeout_s = route.limits.timeout_s
                 if wanted_s is not None:
@@ -106,7 +161,13 @@ class GatewayApp:
                 length = len(body) if isinstance(body, bytes) else request.content_length
                 forward = Forward(
                     route.model,
-                    self._rotation.want(route, version, path.label, headers),
+                    self._rotation.want(
+                        route,
+                        version,
+                        path.label,
+                        headers,
+                        None if admission is None else admission.caller.claims,
+                    ),
                     request_head(
                         request.method,
                         _origin_form(request.raw_path),
@@ -129,17 +190,22 @@ class GatewayApp:
                 status = response.status
                 return response
             status = answer.exchange.status
+            shown = _headers(answer)
+            if admission is not None:
+                shown.update(admission.headers)
             if answer.body is None or request.method == "HEAD":
-                return await self._stream(request, answer)
-            return _response(answer, answer.body)
+                return await self._stream(request, answer, shown)
+            return _response(answer, answer.body, shown)
         finally:
             self._count(model, status, began_s)
 
-    async def _stream(self, request: web.BaseRequest, answer: Answer) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.BaseRequest, answer: Answer, headers: CIMultiDict[str]
+    ) -> web.StreamResponse:
         """Pass the body on as it comes; a break in it breaks the client's connection too."""
         exchange = answer.exchange
         response = web.StreamResponse(
-            status=exchange.status, reason=exchange.message.reason, headers=_headers(answer)
+            status=exchange.status, reason=exchange.message.reason, headers=headers
         )
         length = exchange.message.headers.get("Content-Length")
         try:
@@ -201,24 +267,50 @@ class GatewayApp:
     # --- answered here --------------------------------------------------------------------------
 
     async def _local(
-        self, request: web.BaseRequest, request_id: str, target: Target
+        self,
+        request: web.BaseRequest,
+        request_id: str,
+        target: Target,
+        guard: Guarding | None,
     ) -> web.Response:
+        shown: Mapping[str, str] = {}
         try:
-            reply = await self._reply(request, target)
+            caller: Caller | None = None
+            if guard is not None:
+                admission = await guard.admit(request, resource_of(target.segments))
+                caller, shown = admission.caller, admission.headers
+            reply = await self._reply(request, target, caller, guard)
         except Exception as exc:
             if not isinstance(exc, PaddlewheelError):
                 log.exception("request_crashed", path=request.raw_path, request_id=request_id)
             return self._refuse(request, request_id, exc, is_admin=target.segments[0] == "admin")
-        headers = {**reply.headers, "X-Request-Id": request_id, "Server": SERVER}
+        headers = {**reply.headers, **shown, "X-Request-Id": request_id, "Server": SERVER}
         if reply.body or reply.status != 204:
             headers["Content-Type"] = reply.content_type
         return web.Response(status=reply.status, body=reply.body, headers=headers)
 
-    async def _reply(self, request: web.BaseRequest, target: Target) -> Reply:
+    async def _reply(
+        self,
+        request: web.BaseRequest,
+        target: Target,
+        caller: Caller | None,
+        guard: Guarding | None,
+    ) -> Reply:
+        """caller: ``None`` where everybody may use everything."""
         segments, method = target.segments, request.method
         if segments[:2] == ("v2", "repository"):
-            return await self._repository(request, segments[2:])
-        reply = self._read(request, target)  # what does not exist is 404, whatever the method
+            return await self._repository(request, segments[2:], caller)
+        if segments in READINESS:
+            verbose = any(name == "verbose" for name, _ in target.parameters())
+            names = guard is None or (verbose and await guard.is_admin(request))
+            status, body = health.ready(self._health(), verbose=verbose, names=names)
+            reply = json_reply(body, status)
+        elif segments == ("v1", "models"):
+            models = self._rotation.table.models
+            seen = [name for name in models if caller is None or caller.may_use(name)]
+            reply = json_reply({"models": seen})
+        else:
+            reply = self._read(request, target)  # what does not exist is 404, whatever the method
         if method == "OPTIONS":
             return Reply(204, b"", headers={"Allow": "GET, HEAD, OPTIONS"})
         if method not in _READ:
@@ -229,9 +321,6 @@ class GatewayApp:
         match target.segments:
             case ("livez",) | ("healthz",) | ("v2", "health", "live"):
                 status, body = health.live(self._health())
-            case ("readyz",) | ("v2", "health", "ready"):
-                verbose = any(name == "verbose" for name, _ in target.parameters())
-                status, body = health.ready(self._health(), verbose=verbose)
             case ("startupz",):
                 status, body = health.started(self._health())
             case ("metrics",):
@@ -245,8 +334,6 @@ class GatewayApp:
                         "extensions": list(EXTENSIONS),
                     }
                 )
-            case ("v1", "models"):
-                return json_reply({"models": list(self._rotation.table.models)})
             case ("admin", "routes"):
                 return json_reply(self._routes())
             case ("admin", "nodes"):
@@ -291,7 +378,9 @@ class GatewayApp:
         shown["nodes"] = list(self._rotation.candidates(route.model, want).nodes)
         return json_reply(shown)
 
-    async def _repository(self, request: web.BaseRequest, rest: tuple[str, ...]) -> Reply:
+    async def _repository(
+        self, request: web.BaseRequest, rest: tuple[str, ...], caller: Caller | None
+    ) -> Reply:
         """Triton's index over all nodes: READY where any node has it so."""
         match rest:
             case ("index",):
@@ -315,7 +404,8 @@ class GatewayApp:
             raise BadInput("ready: want true or false")
         servables = (
             servable.to_dict()
-            for by_node in self._rotation.fleet.reports.values()
+            for model, by_node in self._rotation.fleet.reports.items()
+            if caller is None or caller.may_use(model)
             for report in by_node.values()
             for servable in report.status.servables
         )
@@ -367,8 +457,6 @@ def _headers(answer: Answer) -> CIMultiDict[str]:
     return headers
 
 
-def _response(answer: Answer, body: bytes) -> web.Response:
+def _response(answer: Answer, body: bytes, headers: CIMultiDict[str]) -> web.Response:
     message = answer.exchange.message
-    return web.Response(
-        status=message.code, reason=message.reason, body=body, headers=_headers(answer)
-    )
+    return web.Response(status=message.code, reason=message.reason, body=body, headers=headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from router.ports import Health
+from router.ports import Check, Health
 
 
 def live(health: Health) -> tuple[int, dict[str, Any]]:
@@ -12,12 +12,30 @@ def live(health: Health) -> tuple[int, dict[str, Any]]:
     return (200 if health.live else 503), {"live": health.live}
 
 
-def ready(health: Health, *, verbose: bool = False) -> tuple[int, dict[str, Any]]:
-    """``/readyz`` and ``/v2/health/ready``; ``verbose`` lists the checks."""
+_NAMELESS = frozenset(("draining", "configs_known", "fleet_known", "control_loop"))
+ABOUT_MODELS = "models"
+"""The one check that stands for those of all models where no names may be shown."""
+
+
+def ready(
+    health: Health, *, verbose: bool = False, names: bool = True
+) -> tuple[int, dict[str, Any]]:
+    """``/readyz`` and ``/v2/health/ready``; ``verbose`` lists the checks.
+
+    names: whether the asker may see models, devices and reasons. A gateway that may not still
+    learns from the answer whether the node is out for the sake of its models alone.
+    """
     body: dict[str, Any] = {"ready": health.ready, "live": health.live}
-    if verbose:
+    if verbose and names:
         body["checks"] = [
             {"name": check.name, "ok": check.ok, "detail": check.detail} for check in health.checks
+        ]
+    elif verbose:
+        models = all(check.ok for check in health.checks if check.name.startswith("model:"))
+        body["checks"] = [
+            {"name": check.name, "ok": check.ok, "detail": ""}
+            for check in (*health.checks, Check(ABOUT_MODELS, models))
+            if check.name in _NAMELESS or check.name == ABOUT_MODELS
         ]
     return (200 if health.ready else 503), body
 

@@ -22,13 +22,17 @@ _MEMBERS_MAX = 64
 """Of a gzip body. Each costs a copy of what follows it, so millions of them would be an attack."""
 
 
-async def read_body(request: web.BaseRequest, limit_bytes: int) -> bytes:
+async def read_body(
+    request: web.BaseRequest, limit_bytes: int, *, timeout_s: float | None = None
+) -> bytes:
     """Return the body, unpacked.
 
-    limit_bytes: for what was sent and for what it unpacks to. Raises `BodyTooLarge` as soon as
+    limit_bytes: for what was sent and for what it unpacks to. timeout_s: for what is not here
+    yet; `UPLOAD_TIMEOUT_S` unless given. Raises `BodyTooLarge` as soon as
     that is known (a declared length is not waited for), `UnsupportedEncoding`, `SlowUpload`,
     `BadRequest` for data that is not what ``Content-Encoding`` says.
     """
+    timeout_s = timeout_s or UPLOAD_TIMEOUT_S
     headers = request.headers
     encoding = headers.get("Content-Encoding")
     if encoding is not None:
@@ -47,10 +51,10 @@ async def read_body(request: web.BaseRequest, limit_bytes: int) -> bytes:
         body = content.read_nowait()
     else:
         try:
-            async with asyncio.timeout(UPLOAD_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 body = await _collect(content, limit_bytes)
         except TimeoutError as exc:
-            raise SlowUpload(f"the body did not arrive within {UPLOAD_TIMEOUT_S:g} s") from exc
+            raise SlowUpload(f"the body did not arrive within {timeout_s:g} s") from exc
         except (web.RequestPayloadError, HttpProcessingError) as exc:
             raise BadRequest(f"the body broke off: {exc}") from exc
     if len(body) > limit_bytes:

@@ -17,6 +17,13 @@ from registry.inference import (
     Overloaded,
     Poisonous,
 )
+from router.access.errors import (
+    AccessClosed,
+    AccessError,
+    NotPermitted,
+    RateLimited,
+    Unauthenticated,
+)
 from router.errors import (
     BadRequest,
     BodyTooLarge,
@@ -35,6 +42,8 @@ STATUS: Mapping[type[PaddlewheelError], int] = {
     PipelineBroken: 503,
     BadInput: 400,
     BadRequest: 400,
+    Unauthenticated: 401,
+    NotPermitted: 403,
     Forbidden: 403,
     UnknownModel: 404,
     UnknownVersion: 404,
@@ -44,7 +53,9 @@ STATUS: Mapping[type[PaddlewheelError], int] = {
     BodyTooLarge: 413,
     UnsupportedEncoding: 415,
     Poisonous: 422,
+    RateLimited: 429,
     InferenceError: 500,
+    AccessClosed: 503,
     NothingServes: 503,
     Overloaded: 503,
     DeadlineExceeded: 504,
@@ -62,8 +73,8 @@ OUTCOMES = ("ok", "client_error", "unavailable", "deadline", "failed", "cancelle
 def status_of(error: BaseException) -> int:
     """Return the status that ``error`` is answered with."""
     if isinstance(error, StepFailed):
-        status = status_of(error.error)
-        return 503 if status == 404 else status  # what a step lacks, the client never asked for
+        own = status_of(error.error)
+        return 503 if own == 404 else own  # what a step lacks, the client never asked for
     for base in type(error).__mro__:
         status = STATUS.get(base)
         if status is not None:
@@ -83,7 +94,7 @@ def outcome_of(status: int) -> str:
 
 
 def error_headers(error: BaseException, status: int) -> dict[str, str]:
-    """Return what goes with ``error``: ``Retry-After``, ``Allow``."""
+    """Return what goes with ``error``: ``Retry-After``, ``Allow``, ``WWW-Authenticate`` ..."""
     headers: dict[str, str] = {}
     if isinstance(error, StepFailed):
         return error_headers(error.error, status)
@@ -92,6 +103,8 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allow)
+    if isinstance(error, AccessError):
+        headers |= error.headers
     return headers
 
 

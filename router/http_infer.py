@@ -15,6 +15,8 @@ from registry.errors import PaddlewheelError
 from registry.inference import Predictor, Signature
 from registry.names import ServableId
 from router import http_errors
+from router.access.guard import Admission, Guarding
+from router.access.resources import Area, Resource
 from router.deadline import TIMEOUT_HEADER, parse_timeout_s
 from router.dispatch import Served, dispatch
 from router.http_body import pack, read_body, wanted_packing
@@ -79,6 +81,8 @@ class InferEndpoint:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.published = Published(Serving(), metrics)
+        self.guard: Guarding | None = None
+        """``None``: everybody may use everything."""
 
     async def __call__(
         self,
@@ -99,11 +103,23 @@ class InferEndpoint:
         began_s = loop.time()
         target: Target | None = None
         headers = request.headers
+        guard = self.guard
+        admission: Admission | None = None
         try:
+            if guard is not None:  # the model asked about is the one that is served below
+                admission = await guard.admit(request, Resource(Area.MODEL, model))
             # This look at the table only bounds the upload: how long that takes is up to the
             # client, and the version it would pin to may be unloaded long before it ends.
             limits = self.published.serving.table.route(model).limits
-            body = await read_body(request, limits.max_body_mb * 1_000_000)
+            limit_bytes = limits.max_body_mb * 1_000_000
+            if guard is None:
+                body = await read_body(request, limit_bytes)
+            else:
+                body = await read_body(
+                    request,
+                    min(limit_bytes, guard.max_body_bytes or limit_bytes),
+                    timeout_s=guard.body_timeout_s,
+                )
 
             # The clock starts with the whole request: how long its upload took is the client's.
             began_s = loop.time()
@@ -114,7 +130,10 @@ class InferEndpoint:
             route = serving.table.route(model)
             if version is None and label is None:
                 version = headers.get("X-Model-Version")
-            choice = route.pick(RequestFacts(model, version, label, headers, None, random.random()))
+            claims = None if admission is None else admission.caller.claims
+            choice = route.pick(
+                RequestFacts(model, version, label, headers, claims, random.random())
+            )
             target = published.target(choice)
             exchange = parse(body, headers.get(_HEADER_LENGTH), target.predictor.signature)
             del body
@@ -137,6 +156,8 @@ class InferEndpoint:
             log.exception("request_crashed", model=model, request_id=request_id)
             response = self._refuse(request, request_id, exc, target)
         self._count(target, response.status, began_s)
+        if admission is not None:
+            response.headers.update(admission.headers)
         return response
 
     async def _run(

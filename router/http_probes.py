@@ -18,6 +18,13 @@ from router.table import STABLE, RequestFacts
 PLATFORM = "paddle_inference"
 EXTENSIONS = ("binary_tensor_data", "model_repository")
 
+Seen = Callable[[str], bool]
+"""Whether the asker may know of a model."""
+
+
+def everything(_model: str) -> bool:
+    return True
+
 
 class Inspection:
     """Answers every question about the node and its models that is no inference."""
@@ -33,8 +40,8 @@ class Inspection:
         status, body = health.live(self._node.health())
         return json_reply(body, status)
 
-    def readyz(self, *, verbose: bool) -> Reply:
-        status, body = health.ready(self._node.health(), verbose=verbose)
+    def readyz(self, *, verbose: bool, names: bool = True) -> Reply:
+        status, body = health.ready(self._node.health(), verbose=verbose, names=names)
         return json_reply(body, status)
 
     def startupz(self) -> Reply:
@@ -75,12 +82,13 @@ class Inspection:
             return json_reply({"name": model, "ready": False, "error": str(exc)}, 503)
         return json_reply({"name": model, "version": choice.version, "ready": True})
 
-    def repository_index(self, *, ready_only: bool) -> Reply:
-        return json_reply(repository_index(self._node.servables(), ready_only=ready_only))
+    def repository_index(self, *, ready_only: bool, seen: Seen = everything) -> Reply:
+        servables = (s for s in self._node.servables() if seen(s["model"]))
+        return json_reply(repository_index(servables, ready_only=ready_only))
 
-    def models(self) -> Reply:
-        """``GET /v1/models``, KServe's list."""
-        return json_reply({"models": list(self._serving().table.models)})
+    def models(self, seen: Seen = everything) -> Reply:
+        """``GET /v1/models``, KServe's list, as far as the asker may see it."""
+        return json_reply({"models": [name for name in self._serving().table.models if seen(name)]})
 
     def model_status(self, model: str, version: str | None, label: str | None) -> Reply:
         """``GET /v1/models/{m}[...]``: TensorFlow Serving's keys and KServe's, side by side."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 log = structlog.get_logger()
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
-FIRST_REQUEST_S = 20.0
-"""A new connection that has not sent one whole request head by then is closed."""
+HEAD_S = 20.0
+"""A new connection that has not sent one whole request head by then is closed; a later head gets
+as long from its first byte on."""
 KEEPALIVE_S = 75.0
 """So is one that sends nothing, or only half a head, this long after an answer."""
 
@@ -30,27 +35,71 @@ _OPTIONS: dict[str, Any] = {
     "read_bufsize": 256 * 1024,
 }
 _CLOSING_S = 0.5
+HANDSHAKE_S = 10.0
+
+
+@dataclass(slots=True)
+class ConnectionLimits:
+    """What one client may do to us, for the connections to come; whoever owns it may change it."""
+
+    head_timeout_s: float = HEAD_S
+    per_client: int | None = None
+    """Connections from one address at a time."""
+    open: Counter[str] = field(default_factory=Counter[str])
 
 
 class _Connection(RequestHandler):
-    """One client. Closed when its first request's head is not here in time."""
+    """One client. Closed when a request's head is not here in time."""
 
-    has_spoken = False
-    _silence: asyncio.TimerHandle | None = None
+    limits: ConnectionLimits
+    _head: asyncio.TimerHandle | None = None
+    """Runs while a head is awaited that has begun, or is the first."""
+    _address: str | None = None
+    """As it was counted in ``limits.open``."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        loop = asyncio.get_running_loop()
-        self._silence = loop.call_later(FIRST_REQUEST_S, self._close_if_silent)
+        limits = self.limits
+        if limits.per_client is not None:
+            peer = transport.get_extra_info("peername")
+            address = str(peer[0]) if peer else ""
+            if limits.open[address] >= limits.per_client:
+                self.force_close()
+                return
+            limits.open[address] += 1
+            self._address = address
+        self._expect_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._silence is not None:
-            self._silence.cancel()
+        if self._address is not None:
+            left = self.limits.open[self._address] - 1
+            if left > 0:
+                self.limits.open[self._address] = left
+            else:
+                del self.limits.open[self._address]
+            self._address = None
+        self.head_is_here()
         super().connection_lost(exc)
 
-    def _close_if_silent(self) -> None:
-        self._silence = None
-        if not self.has_spoken:
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        waiter = self._waiter
+        if self._head is None and waiter is not None and not waiter.done():
+            self._expect_head()  # idle until now, and no whole head in it: a part of one
+
+    def head_is_here(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _expect_head(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._head = loop.call_later(self.limits.head_timeout_s, self._close_if_late)
+
+    def _close_if_late(self) -> None:
+        self._head = None
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
             self.force_close()
 
     def handle_error(
@@ -65,13 +114,20 @@ class _Connection(RequestHandler):
             log.error("connection_failed", error=repr(exc))
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun already")
+        if isinstance(exc, LineTooLong):
+            return _error_response(431, "the request's head is too large")
+        # The parser's own text shows the bytes it stumbled over, over several lines.
         text = (message or "bad request").strip() if status < 500 else "internal error"
-        return _error_response(status, text)
+        return _error_response(status, text.partition("\n")[0].rstrip(" :"))
 
 
 class _Server(web.Server):
+    limits: ConnectionLimits
+
     def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=asyncio.get_running_loop(), **_OPTIONS)
+        connection = _Connection(self, loop=asyncio.get_running_loop(), **_OPTIONS)
+        connection.limits = self.limits
+        return connection
 
 
 def _error_response(status: int, text: str) -> web.Response:
@@ -85,21 +141,31 @@ def _error_response(status: int, text: str) -> web.Response:
 class HttpServer:
     """A listening socket in front of one handler. Not restartable."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, *, limits: ConnectionLimits | None = None) -> None:
         async def spoken(request: web.BaseRequest) -> web.StreamResponse:
-            request.protocol.has_spoken = True  # type: ignore[attr-defined]
+            request.protocol.head_is_here()  # type: ignore[attr-defined]
             return await handler(request)
 
         # A client that goes away cancels its request, and with it the wait in the queue.
         self._server = _Server(spoken, handler_cancellation=True)
+        self._server.limits = limits or ConnectionLimits()
         self._listener: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int) -> str:
-        """Listen and return ``http://host:port``; port 0 takes a free one. Raises `OSError`."""
+    async def start(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> str:
+        """Listen and return ``http://host:port``, ``https`` where ``tls`` is given.
+
+        Port 0 takes a free one. Raises `OSError`.
+        """
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(self._server, host, port, backlog=1024)
+        if tls is None:
+            self._listener = await loop.create_server(self._server, host, port, backlog=1024)
+        else:
+            self._listener = await loop.create_server(
+                self._server, host, port, backlog=1024, ssl=tls, ssl_handshake_timeout=HANDSHAKE_S
+            )
         taken: int = self._listener.sockets[0].getsockname()[1]
-        return f"http://[{host}]:{taken}" if ":" in host else f"http://{host}:{taken}"
+        scheme = "http" if tls is None else "https"
+        return f"{scheme}://[{host}]:{taken}" if ":" in host else f"{scheme}://{host}:{taken}"
 
     async def stop(self, *, drain_s: float) -> None:
         """Stop accepting, let what is under way finish for up to ``drain_s``, then close."""

@@ -50,7 +50,15 @@ _OURS = frozenset((TIMEOUT_HEADER.lower().encode(), b"x-request-id"))
 class StreamedBody:
     """A body that passes piece by piece; ``began`` once a piece of it is gone."""
 
-    def __init__(self, content: StreamReader, limit_bytes: int, *, chunked: bool) -> None:
+    def __init__(
+        self,
+        content: StreamReader,
+        limit_bytes: int,
+        *,
+        chunked: bool,
+        timeout_s: float = UPLOAD_TIMEOUT_S,
+    ) -> None:
+        self.timeout_s = timeout_s
         self._content = content
         self._limit_bytes = limit_bytes
         self._chunked = chunked
@@ -83,11 +91,14 @@ def too_large(limit_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is over {limit_bytes / 1e6:g} MB (limits.max_body_mb)")
 
 
-async def take_body(request: web.BaseRequest, limit_bytes: int) -> Body:
+async def take_body(
+    request: web.BaseRequest, limit_bytes: int, *, timeout_s: float | None = None
+) -> Body:
     """Return the body as it was sent, packed or not: whole where it is small, else as a stream.
 
     Raises `BodyTooLarge`, `BadRequest`, `SlowUpload`.
     """
+    timeout_s = timeout_s or UPLOAD_TIMEOUT_S
     content, length = request.content, request.content_length
     if length is not None and length > limit_bytes:
         raise too_large(limit_bytes)
@@ -102,12 +113,12 @@ async def take_body(request: web.BaseRequest, limit_bytes: int) -> Body:
             raise too_large(limit_bytes)
         return body
     if length is None or length > REPLAY_MAX_BYTES:
-        return StreamedBody(content, limit_bytes, chunked=length is None)
+        return StreamedBody(content, limit_bytes, chunked=length is None, timeout_s=timeout_s)
     try:
-        async with asyncio.timeout(UPLOAD_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return await content.read()
     except TimeoutError as exc:
-        raise SlowUpload(f"the body did not arrive within {UPLOAD_TIMEOUT_S:g} s") from exc
+        raise SlowUpload(f"the body did not arrive within {timeout_s:g} s") from exc
     except (web.RequestPayloadError, HttpProcessingError) as exc:
         raise BadRequest(f"the body broke off: {exc}") from exc
 
@@ -236,7 +247,7 @@ class Proxy:
         loop = asyncio.get_running_loop()
         until_s = deadline_s + GRACE_S
         if isinstance(body, StreamedBody):
-            until_s += UPLOAD_TIMEOUT_S
+            until_s += body.timeout_s
         upstream.in_flight += 1
         keeps_place = False
         try:

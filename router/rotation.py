@@ -174,7 +174,14 @@ class Rotation:
 
     # --- what a request asks ------------------------------------------------------------------
 
-    def want(self, route: Route, version: str | None, label: str | None, headers: Headers) -> Want:
+    def want(
+        self,
+        route: Route,
+        version: str | None,
+        label: str | None,
+        headers: Headers,
+        claims: Mapping[str, Any] | None = None,
+    ) -> Want:
         """What of the model a request needs, by the rules that its node will ask again.
 
         Chance is left to the node, so that a percent rule is thrown for once: here it counts as
@@ -182,7 +189,7 @@ class Rotation:
         """
         try:
             return want_of(
-                route.pick(RequestFacts(route.model, version, label, headers, None, _UNLUCKY))
+                route.pick(RequestFacts(route.model, version, label, headers, claims, _UNLUCKY))
             )
         except (UnknownVersion, NothingServes):
             return ANY

@@ -14,8 +14,9 @@ PROBE_PATH = "/v2/health/ready?verbose"
 TIMEOUTS_TO_SILENT = 2
 """A busy node may be late once. A refused connection leaves no doubt."""
 
-_NOT_THE_NODE = ("model:", "device:")
-"""Checks about one model or device. Whatever else fails, the node serves nothing."""
+_NOT_THE_NODE = ("model:", "device:", "models")
+"""Checks about one model or device, or about all models, unnamed, where access control is on.
+Whatever else fails, the node serves nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ def read_probe(status: int, body: bytes) -> Vitals:
     models = frozenset(
         ModelName(name.removeprefix("model:")) for name in failed if name.startswith("model:")
     )
-    serves = bool(models) and all(name.startswith(_NOT_THE_NODE) for name in failed)
+    about_models = bool(models) or "models" in failed
+    serves = about_models and all(name.startswith(_NOT_THE_NODE) for name in failed)
     return Vitals(answers=True, serves=serves, failing=models)
 
 
