@@ -132,16 +132,9 @@ class Manager:
         self.publish(model)
         self.touch(model.name)
 
-    def prepare(
-        self, document: ModelDocument, revision: Revision, *, awaits_base: bool = False
-    ) -> None:
-        """Make the versions of ``document`` ready beside what serves; routing stays as it is.
-
-        awaits_base: the document to have in force meanwhile is still being looked up; until
-        something serves, this one leaves the memory to it.
-        """
+    def prepare(self, document: ModelDocument, revision: Revision) -> None:
+        """Make the versions of ``document`` ready beside what serves; routing stays as it is."""
         model = self._model(document.name)
-        model.awaits_base = awaits_base
         if take_prepared(model, document, revision):
             self._try_all_again(model)
         self.publish(model)
@@ -151,8 +144,20 @@ class Manager:
         """Prepare nothing: what was loaded only for that goes."""
         model = self._models.get(name)
         if model is not None and model.prepared is not None:
-            model.prepared, model.awaits_base = None, False
+            model.prepared = None
             self.publish(model)
+            self.touch(name)
+
+    def await_base(self, name: ModelName, *, is_awaited: bool = True) -> None:
+        """The document to have in force is still being looked up (or is no more).
+
+        Until something serves, what is prepared leaves the memory to it, and the last good
+        version is loaded.
+        """
+        model = self._model(name)
+        if model.awaits_base != is_awaited:
+            model.awaits_base = is_awaited
+            model.is_deleted = False
             self.touch(name)
 
     def _try_all_again(self, model: Model) -> None:

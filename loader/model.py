@@ -128,7 +128,7 @@ class Model:
     @property
     def is_over(self) -> bool:
         """Nothing is wanted of it and nothing is left."""
-        is_wanted = self.aspiration or self.prepared or self.fallback
+        is_wanted = self.aspiration or self.prepared or self.awaits_base or self.fallback
         return not is_wanted and not self.servables
 
     @property
@@ -165,6 +165,8 @@ class Model:
     def _difference(self) -> str | None:
         """Why what is in force is not what the document asks for, or fails; ``None``: all well."""
         if self.aspiration is None and self.prepared is None:
+            if self.awaits_base:
+                return "the document to go back to is being looked up"
             return "deleted" if self.servables else None
         aspired = [] if self.aspiration is None else [self.aspiration]
         prepared = [] if self.prepared is None else [self.prepared.aspiration]

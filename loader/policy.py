@@ -66,7 +66,7 @@ class World:
     """All that a decision may look at."""
 
     aspiration: Aspiration | None
-    """``None``: the document was deleted (or none was ever accepted)."""
+    """``None``: the document was deleted (or none was ever accepted), unless `is_kept`."""
     in_force: InForce
     servables: Mapping[ServableId, Snapshot]
     now_s: float
@@ -82,6 +82,11 @@ class World:
     """A document to be loaded beside what serves, and not to be routed to."""
     awaits_base: bool = False
     """The document to have in force meanwhile is still being looked up."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Nothing is aspired to, but not because the document was deleted."""
+        return self.prepared is not None or self.awaits_base
 
     def is_good(self, id: ServableId | None) -> bool:
         return self.is_loaded(id) and id not in self.suspected
@@ -149,7 +154,7 @@ def route_wanted(world: World) -> InForce:
     """
     now, aspiration = world.in_force, world.aspiration
     if aspiration is None:
-        return _held(world) if world.prepared is not None else InForce(revision=now.revision)
+        return _held(world) if world.is_kept else InForce(revision=now.revision)
     live_is_good = world.is_good(aspiration.live)
     canary_is_good = aspiration.canary is None or world.is_good(aspiration.canary)
     if live_is_good and (canary_is_good or not world.is_good(now.live)):
@@ -216,9 +221,7 @@ def wanted(world: World) -> tuple[ServableId, ...]:
         # Kept while it loads, even if the aspired version is being tried again meanwhile.
         fallback = world.servables.get(world.fallback)
         is_needed = (
-            world.prepared is not None
-            if world.aspiration is None
-            else world.is_bad(world.aspiration.live)
+            world.is_kept if world.aspiration is None else world.is_bad(world.aspiration.live)
         )
         if is_needed or (ids and fallback is not None and fallback.state in UNDERWAY):
             ids.append(world.fallback)

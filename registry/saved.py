@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from registry.names import ModelName, Revision, Version
 from registry.records import LastGood, Quarantine
+from registry.rollouts import RolloutRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Snapshot:
     lastgoods: Mapping[ModelName, LastGood] = field(default_factory=dict[ModelName, LastGood])
     quarantines: Mapping[tuple[ModelName, Version], Quarantine] = field(
         default_factory=dict[tuple[ModelName, Version], Quarantine]
+    )
+    rollouts: Mapping[ModelName, RolloutRecord] = field(
+        default_factory=dict[ModelName, RolloutRecord]
     )
     prefix: str = ""
     """Of the keys it was made from. Another prefix is another fleet: not for this node."""

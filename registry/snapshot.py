@@ -20,6 +20,7 @@ import structlog
 from registry.errors import PaddlewheelError
 from registry.names import ModelName, Revision, Version, is_model_name, is_version
 from registry.records import BadRecord, LastGood, Quarantine
+from registry.rollouts import RolloutRecord
 from registry.saved import SavedDocument, Snapshot
 
 __all__ = ["SavedDocument", "Snapshot", "SnapshotNotSaved", "load", "save"]
@@ -108,6 +109,7 @@ def _encode(snapshot: Snapshot) -> bytes:
                 {"model": model, "version": version, "record": quarantine.to_dict()}
                 for (model, version), quarantine in sorted(snapshot.quarantines.items())
             ],
+            "rollouts": {model: held.to_dict() for model, held in snapshot.rollouts.items()},
         },
         option=orjson.OPT_SORT_KEYS,
     )
@@ -147,6 +149,10 @@ def _read_body(body: Any) -> Snapshot:
                 orjson.dumps(held["record"])
             )
             for held in body["quarantines"]
+        },
+        rollouts={  # not there in a file of before there were any
+            _model(model): RolloutRecord.from_json(orjson.dumps(held))
+            for model, held in body.get("rollouts", {}).items()
         },
         prefix=_text(body["prefix"]),
     )

@@ -93,7 +93,7 @@ class PolicyMachine(RuleBasedStateMachine):
                 self.move(id, State.GONE)
 
     def check_swap(self, to: InForce) -> None:
-        if self.world.aspiration is None and self.world.prepared is None:
+        if self.world.aspiration is None and not self.world.is_kept:
             return
         if self.world.is_good(self.world.in_force.live):
             assert self.world.is_good(to.live), "took the last ready version away"
@@ -255,7 +255,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def a_good_version_keeps_serving(self) -> None:
         """Once reconciled, a model with a loaded live version routes to a good one."""
         after = self.world
-        if after.aspiration is None and after.prepared is None:
+        if after.aspiration is None and not after.is_kept:
             return
         route = after
         for _ in range(STEPS_MAX):

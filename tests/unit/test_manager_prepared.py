@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,8 +19,8 @@ TWO = document("2", "1")
 TWO_FIT: Mapping[str, int] = {"cpu": 450}
 
 
-def prepare(node: ManagedNode, document: ModelDocument, revision: int, **given: Any) -> None:
-    node.manager.prepare(document, Revision(revision), **given)
+def prepare(node: ManagedNode, document: ModelDocument, revision: int) -> None:
+    node.manager.prepare(document, Revision(revision))
 
 
 async def test_the_word_is_a_change_of_pointer(tmp_path: Path) -> None:
@@ -126,7 +125,8 @@ async def test_a_first_document_waits_without_making_the_node_unready(tmp_path: 
 
 async def test_nothing_is_prepared_before_the_base_is_known(tmp_path: Path) -> None:
     async with managed(tmp_path) as node:
-        prepare(node, TWO, 6, awaits_base=True)
+        node.manager.await_base(MODEL)
+        prepare(node, TWO, 6)
         await node.passes(5)
         assert (node.states, node.route.required) == ("", True)
         node.put(ONE, 5)
@@ -137,7 +137,8 @@ async def test_nothing_is_prepared_before_the_base_is_known(tmp_path: Path) -> N
 async def test_what_served_last_serves_until_the_base_is_known(tmp_path: Path) -> None:
     async with managed(tmp_path) as node:
         node.manager.set_fallback(ONE, Version("1"), Revision(5))
-        prepare(node, TWO, 6, awaits_base=True)
+        node.manager.await_base(MODEL)
+        prepare(node, TWO, 6)
         await node.settle()
         assert (node.states, node.route.revision) == ("1 LIVE, 2 READY", 5)
         loads = len(node.world.workers)
