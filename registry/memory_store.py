@@ -73,6 +73,8 @@ class MemoryCluster:
         """No lease ends before."""
         self._listeners: dict[str, dict[asyncio.Event, None]] = {}
         """By prefix, in order of arrival: a fleet's watches are many, their prefixes few."""
+        self._told: dict[str, list[Event]] = {}
+        """The part of history under each prefix that was ever watched."""
 
     # --- keys -------------------------------------------------------------------------------
 
@@ -135,9 +137,10 @@ class MemoryCluster:
         if events:
             self.revision = revision
             self._history.extend(events)
-            keys = [event_key(event) for event in events]
             for prefix, wakes in self._listeners.items():
-                if any(key.startswith(prefix) for key in keys):
+                under = [event for event in events if event_key(event).startswith(prefix)]
+                if under:
+                    self._told[prefix].extend(under)
                     for wake in wakes:
                         wake.set()
 
@@ -147,8 +150,10 @@ class MemoryCluster:
         """What happened under ``prefix`` after ``after``; ``None`` when that was compacted away."""
         if after + 1 < self.compacted:
             return None
-        start = bisect_right(self._history, after, key=event_revision)
-        events = [event for event in self._history[start:] if event_key(event).startswith(prefix)]
+        told = self._told.get(prefix)
+        if told is None:
+            told = [event for event in self._history if event_key(event).startswith(prefix)]
+        events = told[bisect_right(told, after, key=event_revision) :]
         return [
             Batch(revision, tuple(same)) for revision, same in groupby(events, key=event_revision)
         ]
@@ -156,11 +161,17 @@ class MemoryCluster:
     def compact(self, revision: Revision | None = None) -> None:
         """Forget everything before ``revision`` (the present one by default)."""
         self.compacted = self.revision if revision is None else revision
-        self._history = [e for e in self._history if event_revision(e) >= self.compacted]
+        for kept in (self._history, *self._told.values()):
+            kept[:] = [event for event in kept if event_revision(event) >= self.compacted]
 
     def listen(self, wake: asyncio.Event, prefix: str) -> None:
         """Set ``wake`` at every change under ``prefix``."""
-        self._listeners.setdefault(prefix, {})[wake] = None
+        if prefix not in self._listeners:
+            self._listeners[prefix] = {}
+            self._told[prefix] = [
+                event for event in self._history if event_key(event).startswith(prefix)
+            ]
+        self._listeners[prefix][wake] = None
 
     def unlisten(self, wake: asyncio.Event, prefix: str) -> None:
         self._listeners[prefix].pop(wake, None)
