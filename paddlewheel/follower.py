@@ -1,8 +1,9 @@
-"""Follows etcd: documents, quarantines and last-good versions, from the watch to the manager.
+"""Follows etcd: documents, rollouts, quarantines and last-good versions, from watch to manager.
 
 Every revision of a document is recorded in history (create-if-absent), parsed off the event loop,
-and then handed on or refused. What was last accepted is kept on disk (`registry.snapshot`), so
-that a node starts from it while etcd is away.
+and then handed on or refused. One that waits for the fleet (`registry.rollouts`) is only prepared
+until the coordinator's record says more. What was last accepted is kept on disk
+(`registry.snapshot`), so that a node starts from it while etcd is away.
 """
 
 from __future__ import annotations
@@ -19,21 +20,25 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from loader.manager import Manager
 from paddlewheel.admission import DocumentAdmission, local_sizes
+from paddlewheel.gating import Shadow, Step, next_step
 from paddlewheel.history import History, is_passing
-from paddlewheel.report import Seen
+from paddlewheel.look_back import LookBack
+from paddlewheel.report import Seen, intent_of
 from registry.catalog import (
     Catalog,
     Change,
     DocumentAccepted,
     DocumentDeleted,
+    DocumentMissing,
     DocumentRefused,
     LastGoodChanged,
     QuarantineChanged,
     RecordIgnored,
+    RolloutChanged,
 )
 from registry.errors import PaddlewheelError
 from registry.keys import Keys
-from registry.names import ModelName, Revision, Version
+from registry.names import ModelName, NodeId, Revision, Version
 from registry.records import Good
 from registry.snapshot import load, save
 from registry.spec import FieldError, ModelDocument
@@ -46,36 +51,54 @@ SAVE_AFTER_S = 0.25
 """The snapshot's two fsyncs come after what a new document sets off, and once for many of them:
 on the thread that parses, each made the next document wait."""
 
+BASES_MAX = 4
+"""Documents of each model that are remembered, to be gone back to; history has them all."""
+
 Fold = Callable[[Catalog], tuple[Catalog, tuple[Change, ...]]]
 
 
 class Follower:
-    """One node's reader of etcd. ``on_seen`` is told after each document, accepted or not."""
+    """One node's reader of etcd.
+
+    ``on_seen`` is told after each document, accepted or not; ``on_standing`` when what the fleet
+    says of one changed.
+    """
 
     def __init__(
         self,
         *,
         store: Store,
         keys: Keys,
+        node: NodeId,
         manager: Manager,
         admission: DocumentAdmission,
         labels: Mapping[str, str],
         snapshot_path: Path,
         on_seen: Callable[[ModelName], None],
+        on_standing: Callable[[ModelName], None] = lambda _model: None,
     ) -> None:
         self._store = store
         self._keys = keys
+        self._node = node
         self._manager = manager
         self._admission = admission
         self._labels = labels
         self._snapshot_path = snapshot_path
         self._on_seen = on_seen
+        self._on_standing = on_standing
         self._catalog = Catalog()
         self._folding = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="documents")
         self._history = History(store, keys)
-        self._unsure: asyncio.Queue[ModelName] = asyncio.Queue()
-        """Models of which history may know more."""
+        self._look_back = LookBack(
+            (self._find_last_good, self._find_last_accepted, self._find_base)
+        )
+        self._recent: dict[ModelName, dict[Revision, ModelDocument]] = {}
+        """Documents that were accepted here, the oldest first."""
+        self._without_base: dict[ModelName, Revision] = {}
+        """Models whose document to go back to is not in history, or not for this node."""
+        self._rollouts_known = False
+        """Whether etcd was asked for the rollouts since this process began."""
         self._unsaved = asyncio.Event()
         self.seen: dict[ModelName, Seen] = {}
         """The last document seen of each model that is placed here."""
@@ -104,11 +127,12 @@ class Follower:
             for prefix in (
                 self._keys.quarantines_prefix,
                 self._keys.lastgoods_prefix,
+                self._keys.rollouts_prefix,
                 self._keys.models_prefix,
             ):
                 tasks.create_task(self._follow(prefix), name=f"follow {prefix}")
             tasks.create_task(self._history.run(), name="history")
-            tasks.create_task(self._look_back(), name="look back")
+            tasks.create_task(self._look_back.run(), name="look back")
             tasks.create_task(self._save_snapshots(), name="snapshots")
             tasks.create_task(self._take_what_fits(), name="room")
 
@@ -134,9 +158,14 @@ class Follower:
         await self._fold(lambda was: was.relist(listing, self._keys, prefix, accept=accept))
         if prefix == self._keys.models_prefix:
             self.configs_known.set()
+        elif prefix == self._keys.rollouts_prefix and not self._rollouts_known:
+            self._rollouts_known = True
+            for model in self._catalog.models:
+                self._stand(model)
         revision = listing.revision
         async for batch in self._store.watch_prefix(prefix, known=listing):
-            if batch.revision < revision:
+            is_other = batch.store_id not in ("", listing.store_id)
+            if batch.revision < revision or is_other:
                 log.warning("store_rewound", prefix=prefix, was=revision, now=batch.revision)
                 return
             revision = batch.revision
@@ -222,7 +251,10 @@ class Follower:
                 )  # fmt: skip
                 self._on_seen(model)
                 if self._catalog.models[model].accepted is None:
-                    self._unsure.put_nowait(model)
+                    self._look_back.ask(model)
+            case DocumentMissing(model, revision):
+                # An etcd that lost its data takes no model away.
+                log.warning("document_missing_and_kept", model=model, revision=revision)
             case DocumentDeleted(model, revision):
                 log.info("document_deleted", model=model, revision=revision)
                 self._leave(model)
@@ -236,23 +268,94 @@ class Follower:
                 )
             case LastGoodChanged(model):
                 self._fall_back(model)
+            case RolloutChanged(model, rollout):
+                log.info(
+                    "rollout_changed", model=model, revision=rollout and rollout.revision,
+                    phase=rollout and rollout.phase,
+                )  # fmt: skip
+                self._without_base.pop(model, None)
+                self._stand(model)
+                self._on_standing(model)
             case RecordIgnored(key, reason):
                 log.warning("record_ignored", key=key, reason=reason)
 
     def _accepted(self, model: ModelName, revision: Revision, document: ModelDocument) -> None:
-        if not self._is_placed_here(document):
+        self._refused.pop(model, None)
+        self._without_base.pop(model, None)
+        self._remember(model, revision, document)
+        if self._is_placed_here(document):
+            log.info("document_accepted", model=model, revision=revision)
+        else:
             log.info("document_placed_elsewhere", model=model, revision=revision)
+        self.seen[model] = Seen(revision, intent=intent_of(document))
+        self._stand(model)
+        self._on_seen(model)
+
+    def _step(self, model: ModelName) -> Step | None:
+        """What is to be done about a model, going by its newest accepted document."""
+        known, view = self._catalog.models.get(model), self._manager.view(model)
+        if known is None or known.accepted is None:
+            return None
+        document, revision = known.accepted.document, known.accepted.revision
+        step = next_step(
+            document,
+            revision,
+            self._catalog.rollouts.get(model),
+            self._node,
+            aspired=view.aspired_revision if view is not None else None,
+            is_placed_here=self._is_placed_here(document),
+        )
+        return step
+
+    def _stand(self, model: ModelName) -> None:
+        """Tell the manager what the fleet's word on the newest accepted document means here."""
+        step, known = self._step(model), self._catalog.models.get(model)
+        if step is None or known is None or known.accepted is None:
+            return
+        newest, manager = known.accepted, self._manager
+        if step.aspire == newest.revision and not self._is_placed_here(newest.document):
             self._leave(model)
             return
-        self.seen[model] = Seen(revision)
-        self._refused.pop(model, None)
-        log.info("document_accepted", model=model, revision=revision)
-        self._manager.aspire(document, revision)
-        self._on_seen(model)
+        if (seen := self.seen.get(model)) is not None:
+            self.seen[model] = replace(seen, reason=step.reason)
+        match step.shadow:
+            case Shadow.PREPARE:
+                manager.prepare(newest.document, newest.revision)
+            case Shadow.DROP if step.aspire != newest.revision:
+                manager.drop_prepared(model)
+            case _:
+                pass  # what was prepared comes into force as it is
+        if step.aspire is None:
+            manager.await_base(model, is_awaited=not self._rollouts_known)
+        elif (document := self._at(model, step.aspire)) is not None:
+            manager.aspire(document, step.aspire)
+        elif self._without_base.get(model) == step.aspire:
+            manager.await_base(model, is_awaited=False)
+        else:
+            manager.await_base(model)
+            self._look_back.ask(model)
+
+    def _at(self, model: ModelName, revision: Revision) -> ModelDocument | None:
+        """An accepted document as far as it is remembered."""
+        known = self._catalog.models.get(model)
+        if known is not None and known.accepted is not None:
+            if known.accepted.revision == revision:
+                return known.accepted.document
+        return self._recent.get(model, {}).get(revision)
+
+    def _remember(self, model: ModelName, revision: Revision, document: ModelDocument) -> None:
+        if self._is_placed_here(document):
+            recent = self._recent.setdefault(model, {})
+            recent.pop(revision, None)
+            recent[revision] = document
+            while len(recent) > BASES_MAX:
+                del recent[next(iter(recent))]
 
     def _leave(self, model: ModelName) -> None:
         self.seen.pop(model, None)
         self._refused.pop(model, None)
+        self._recent.pop(model, None)
+        self._without_base.pop(model, None)
         self._manager.forget_model(model)
         self._admission.forget(model)
         self._on_seen(model)
@@ -271,30 +374,16 @@ class Follower:
         if _lists(document, good.version):
             self._manager.set_fallback(document, good.version, good.revision)
         else:
-            self._unsure.put_nowait(model)
+            self._look_back.ask(model)
 
     def _good(self, model: ModelName) -> Good | None:
-        """The last good version that is another one than the document's live version."""
+        """The last good version that is another one than the live version to be in force."""
         known, last = self._catalog.models.get(model), self._catalog.lastgoods.get(model)
         if last is None or known is None or known.accepted is None:
             return None
-        if not self._is_placed_here(known.accepted.document):
-            return None
-        return last.other_than(known.accepted.document.spec.live)
-
-    async def _look_back(self) -> None:
-        """Find in history what the present documents don't say; apart, since etcd may be away."""
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(is_passing),
-            wait=wait_random_exponential(multiplier=0.2, max=5.0),
-        )
-        while True:
-            model = await self._unsure.get()
-            try:
-                await retrying(self._find_last_good, model)
-                await retrying(self._find_last_accepted, model)
-            except StoreError as exc:
-                log.warning("history_not_read", model=model, error=str(exc))
+        view = self._manager.view(model)
+        document = (view.aspired if view is not None else None) or known.accepted.document
+        return last.other_than(document.spec.live) if self._is_placed_here(document) else None
 
     async def _find_last_good(self, model: ModelName) -> None:
         good = self._good(model)
@@ -325,10 +414,33 @@ class Follower:
                 models = {**self._catalog.models, model: replace(known, accepted=then)}
                 self._catalog = replace(self._catalog, models=models)
                 log.info("document_from_history", model=model, revision=then.revision)
-                self._manager.aspire(then.document, then.revision)
+                self._remember(model, then.revision, then.document)
+                self._stand(model)
                 self._fall_back(model)
             self._unsaved.set()
             return
+
+    async def _find_base(self, model: ModelName) -> None:
+        """The document to have in force while the newest one waits, or was aborted."""
+        step = self._step(model) if self._rollouts_known else None
+        if step is None or step.aspire is None or self._at(model, step.aspire) is not None:
+            return
+        loop = asyncio.get_running_loop()
+        then = await self._history.at(model, step.aspire)
+        accept = self._accept(loop, is_newest=False)
+        if then is not None and (
+            not self._is_placed_here(then.document)
+            or await loop.run_in_executor(self._thread, accept, then.document)
+        ):
+            then = None  # not for this node
+        async with self._folding:
+            if then is not None:
+                log.info("document_from_history", model=model, revision=then.revision)
+                self._remember(model, then.revision, then.document)
+            else:
+                log.warning("document_not_in_history", model=model, revision=step.aspire)
+                self._without_base[model] = step.aspire
+            self._stand(model)
 
     # --- the snapshot -------------------------------------------------------------------------
 

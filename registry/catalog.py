@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 
 from registry.document import read
 from registry.document_tree import ConfigError, FieldError
-from registry.keys import Keys, LastGoodKey, ModelKey, QuarantineKey
+from registry.keys import Keys, LastGoodKey, ModelKey, QuarantineKey, RolloutKey
 from registry.names import ModelName, Revision, Version
 from registry.records import BadRecord, LastGood, Quarantine
+from registry.rollouts import RolloutRecord
 from registry.saved import SavedDocument, Snapshot
 from registry.spec import ModelDocument, parse_model
 from registry.store import Batch, Delete, Event, KeyValue, Listing, Put
@@ -58,6 +59,14 @@ class DocumentDeleted:
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentMissing:
+    """Another store, or one that went back in time, does not have it: it stays in force."""
+
+    model: ModelName
+    revision: Revision
+
+
+@dataclass(frozen=True, slots=True)
 class QuarantineChanged:
     model: ModelName
     version: Version
@@ -72,6 +81,12 @@ class LastGoodChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutChanged:
+    model: ModelName
+    rollout: RolloutRecord | None
+
+
+@dataclass(frozen=True, slots=True)
 class RecordIgnored:
     """A record that can't be read, for the log; what was known before stays."""
 
@@ -80,8 +95,8 @@ class RecordIgnored:
 
 
 Change = (
-    DocumentAccepted | DocumentRefused | DocumentDeleted
-    | QuarantineChanged | LastGoodChanged | RecordIgnored
+    DocumentAccepted | DocumentRefused | DocumentDeleted | DocumentMissing
+    | QuarantineChanged | LastGoodChanged | RolloutChanged | RecordIgnored
 )  # fmt: skip
 
 
@@ -109,6 +124,8 @@ class Known:
     """Why the last one seen was refused; empty when it was accepted."""
     accepted: Accepted | None = None
     """The last one accepted: the same revision or an older one."""
+    is_missing: bool = False
+    """The store that we follow now never had it."""
 
     @property
     def is_accepted(self) -> bool:
@@ -121,6 +138,14 @@ def _nothing(_document: ModelDocument) -> tuple[FieldError, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """The last listing of a prefix."""
+
+    revision: Revision
+    store_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Catalog:
     """All that the store has said so far, as far as it concerns what to serve."""
 
@@ -129,8 +154,13 @@ class Catalog:
         default_factory=dict[tuple[ModelName, Version], Quarantine]
     )
     lastgoods: Mapping[ModelName, LastGood] = field(default_factory=dict[ModelName, LastGood])
+    rollouts: Mapping[ModelName, RolloutRecord] = field(
+        default_factory=dict[ModelName, RolloutRecord]
+    )
     applied: Mapping[str, Revision] = field(default_factory=dict[str, Revision])
     """Key to the mod_revision applied last, deleted keys included: what comes late is ignored."""
+    heard: Mapping[str, Heard] = field(default_factory=dict[str, Heard])
+    """By prefix."""
 
     def apply(
         self, batch: Batch, keys: Keys, *, accept: Accept = _nothing
@@ -153,6 +183,9 @@ class Catalog:
         What is known under ``prefix`` and not listed was deleted meanwhile. A key at another
         revision than the one known is applied even when it is lower: that is a store restored
         from a backup or made anew, and waiting for its revisions to catch up would be for ever.
+        What such a store lacks was deleted by nobody: a document stays in force (`DocumentMissing`)
+        until it is put there, or put and then deleted. An etcd that lost its disk takes no model
+        away.
         """
         fold = _Fold(self, keys, accept)
         fold.relist(listing, keys.root if prefix is None else prefix)
@@ -197,6 +230,8 @@ class Catalog:
             fold.quarantine(model, version, quarantine)
         for model, good in sorted(snapshot.lastgoods.items()):
             fold.lastgood(model, good)
+        for model, rollout in sorted(snapshot.rollouts.items()):
+            fold.rollout(model, rollout)
         return fold.result()
 
     def snapshot(self, keys: Keys) -> Snapshot:
@@ -209,6 +244,7 @@ class Catalog:
             },
             lastgoods=dict(self.lastgoods),
             quarantines=dict(self.quarantines),
+            rollouts=dict(self.rollouts),
             prefix=keys.prefix,
         )
 
@@ -222,11 +258,20 @@ class _Fold:
         self._models = dict(start.models)
         self._quarantines = dict(start.quarantines)
         self._lastgoods = dict(start.lastgoods)
+        self._rollouts = dict(start.rollouts)
         self._applied = dict(start.applied)
+        self._heard = dict(start.heard)
         self._changes: list[Change] = []
 
     def result(self) -> tuple[Catalog, tuple[Change, ...]]:
-        catalog = Catalog(self._models, self._quarantines, self._lastgoods, self._applied)
+        catalog = Catalog(
+            self._models,
+            self._quarantines,
+            self._lastgoods,
+            self._rollouts,
+            self._applied,
+            self._heard,
+        )
         return catalog, tuple(self._changes)
 
     def event(self, event: Event) -> None:
@@ -239,15 +284,39 @@ class _Fold:
                 pass  # seen already
 
     def relist(self, listing: Listing, prefix: str) -> None:
+        is_other = self._is_other(listing, prefix)
+        self._heard[prefix] = Heard(listing.revision, listing.store_id)
         for key, revision in self._applied.items():
             if key.startswith(prefix) and revision > listing.revision:
                 self._applied[key] = listing.revision  # of a store that is no more
         listed = {kv.key for kv in listing.kvs}
         for key in sorted(self._held()):
-            if key.startswith(prefix) and key not in listed:
+            if key.startswith(prefix) and key not in listed and not self._kept(key, is_other):
                 self._delete(key, listing.revision)
         for kv in sorted(listing.kvs, key=lambda kv: kv.mod_revision):
             self._put(kv)
+
+    def _is_other(self, listing: Listing, prefix: str) -> bool:
+        """Whether this is another store than the one listed before, or that one in its past."""
+        before = self._heard.get(prefix)
+        if before is None:
+            return False  # a start: only the store knows what was deleted meanwhile
+        seen = [revision for key, revision in self._applied.items() if key.startswith(prefix)]
+        return (
+            listing.revision < max([before.revision, *seen]) or listing.store_id != before.store_id
+        )
+
+    def _kept(self, key: str, is_other: bool) -> bool:
+        """Whether a document that is not listed stays in force all the same."""
+        match self._keys.parse(key):
+            case ModelKey(model) if model in self._models:
+                known = self._models[model]
+            case _:
+                return False
+        if is_other and not known.is_missing:
+            self._models[model] = replace(known, is_missing=True)
+            self._changes.append(DocumentMissing(model, known.revision))
+        return is_other or known.is_missing
 
     def _held(self) -> set[str]:
         """The keys of all that is known, restored from a snapshot or applied."""
@@ -255,6 +324,7 @@ class _Fold:
             *(self._keys.model(model) for model in self._models),
             *(self._keys.quarantine(*pair) for pair in self._quarantines),
             *(self._keys.lastgood(model) for model in self._lastgoods),
+            *(self._keys.rollout(model) for model in self._rollouts),
         }
 
     def _put(self, kv: KeyValue) -> None:
@@ -268,6 +338,12 @@ class _Fold:
                 self._applied[kv.key] = kv.mod_revision
                 try:
                     self.lastgood(model, LastGood.from_json(kv.value))
+                except BadRecord as exc:
+                    self._changes.append(RecordIgnored(kv.key, str(exc)))
+            case RolloutKey(model):
+                self._applied[kv.key] = kv.mod_revision
+                try:
+                    self.rollout(model, RolloutRecord.from_json(kv.value))
                 except BadRecord as exc:
                     self._changes.append(RecordIgnored(kv.key, str(exc)))
             case _:
@@ -285,6 +361,9 @@ class _Fold:
             case LastGoodKey(model):
                 self._applied[key] = revision
                 self.lastgood(model, None)
+            case RolloutKey(model):
+                self._applied[key] = revision
+                self.rollout(model, None)
             case _:
                 pass
 
@@ -293,6 +372,8 @@ class _Fold:
         before = self._models.get(model)
         self._applied[key] = revision
         if before is not None and (before.revision, before.sha256) == (revision, sha256):
+            if before.is_missing:
+                self._models[model] = replace(before, is_missing=False)
             return  # listed again, or restored and now listed
         accepted = None if before is None else before.accepted
         try:
@@ -327,6 +408,15 @@ class _Fold:
         else:
             self._lastgoods[model] = lastgood
         self._changes.append(LastGoodChanged(model, lastgood))
+
+    def rollout(self, model: ModelName, rollout: RolloutRecord | None) -> None:
+        if self._rollouts.get(model) == rollout:
+            return
+        if rollout is None:
+            del self._rollouts[model]
+        else:
+            self._rollouts[model] = rollout
+        self._changes.append(RolloutChanged(model, rollout))
 
     def _quarantine_of(self, kv: KeyValue) -> Quarantine:
         """A record that can't be read still quarantines: the safe reading of "taken out"."""

@@ -34,4 +34,4 @@ class Known:
         changed = [
             Put(kv) for kv in listing.kvs if self._mod_revisions.get(kv.key) != kv.mod_revision
         ]
-        return Batch(listing.revision, (*gone, *changed))
+        return Batch(listing.revision, (*gone, *changed), listing.store_id)

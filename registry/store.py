@@ -51,6 +51,8 @@ class Batch:
 
     revision: Revision
     events: tuple[Event, ...]
+    store_id: str = ""
+    """Of a difference: the store that was listed, as in `Listing`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Listing:
 
     kvs: tuple[KeyValue, ...]
     revision: Revision
+    store_id: str = ""
+    """Which store answered (etcd's cluster id); what another one lacks was deleted by nobody."""
 
 
 # --- transactions -----------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class EtcdStore:
             revision = revision or page.header.revision
             kvs.extend(map(wire.key_value, page.kvs))
             if not page.more:
-                return Listing(tuple(kvs), Revision(revision))
+                return Listing(tuple(kvs), Revision(revision), wire.store_id(page.header))
             start = page.kvs[-1].key + b"\x00"
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> Revision:

@@ -57,12 +57,12 @@ async def watch(
     if listing is None:
         listing = await _list(list_prefix, prefix)
         yield Batch(listing.revision, tuple(map(Put, listing.kvs)))
-    known = Known(listing)
+    known, store_id = Known(listing), listing.store_id
     denied = False
     while not link.is_closed:
         member = link.members.current
         attempt = _Attempt(link, member, prefix)
-        batches = attempt.batches(known.revision)
+        batches = attempt.batches(known.revision, store_id)
         try:
             async for batch in batches:
                 denied = False
@@ -91,7 +91,7 @@ async def watch(
         if restart in ("compacted", "rewound"):
             listing = await _list(list_prefix, prefix)
             batch = known.difference(listing)
-            known = Known(listing)
+            known, store_id = Known(listing), listing.store_id
             if batch.events:
                 yield batch
         else:
@@ -126,11 +126,11 @@ class _Attempt:
     def forget_token(self) -> None:
         self._link.forget_token(None if self._stream is None else self._stream.token)
 
-    async def batches(self, after: Revision) -> AsyncGenerator[Batch, None]:
+    async def batches(self, after: Revision, store_id: str) -> AsyncGenerator[Batch, None]:
         """The batches after ``after``, until a `_Break`, `_Compacted` or `PermissionDenied`."""
         suspected = asyncio.ensure_future(self._member.suspected.wait())
         try:
-            stream = await self._open(after)
+            stream = await self._open(after, store_id)
             events: list[pb.Event] = []
             while True:
                 answer = await self._read(stream, suspected)
@@ -146,7 +146,9 @@ class _Attempt:
         finally:
             suspected.cancel()
 
-    async def _open(self, after: Revision) -> Stream[pb.WatchRequest, pb.WatchResponse]:
+    async def _open(
+        self, after: Revision, store_id: str
+    ) -> Stream[pb.WatchRequest, pb.WatchResponse]:
         link = self._link
         if not await self._member.connected(link.attempt_s):
             raise _Break("broken", "cannot connect")
@@ -162,6 +164,8 @@ class _Attempt:
         except TimeoutError as exc:
             raise _Break("broken", "no answer to the request for a watch") from exc
         _check(created)
+        if store_id and wire.store_id(created.header) != store_id:
+            raise _Break("rewound", "another cluster answers at this address")
         if created.header.revision < after and await self._head() < after:
             raise _Break("rewound", "etcd knows fewer revisions than we saw")
         return self._stream

@@ -69,6 +69,11 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
     return start or b"\x00", prefix_end(start)
 
 
+def store_id(header: pb.ResponseHeader) -> str:
+    """Of the cluster that answered; see `registry.store.Listing`."""
+    return f"{header.cluster_id:x}"
+
+
 def key_value(kv: pb.KeyValue) -> KeyValue:
     """A key that is not UTF-8 (nobody's of ours) stays distinct and readable, and never raises."""
     return KeyValue(

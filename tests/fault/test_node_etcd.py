@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,32 @@ async def test_the_keys_are_deleted_by_somebody(world: World) -> None:
     await world.store.delete_prefix(KEYS.nodes_prefix)
     await world.store.delete_prefix(KEYS.status_prefix())
     await world.back()
+
+
+@pytest.mark.parametrize("is_renamed", [False, True], ids=["emptied", "another_cluster"])
+async def test_etcd_lost_its_data(cluster: EtcdCluster, tmp_path: Path, is_renamed: bool) -> None:
+    """Deleted by nobody: served on. What is put there then counts, however low its revision."""
+    models = Models(tmp_path / "models")
+    member = cluster.members[0]
+    async with (
+        store_of(cluster.endpoints) as store,
+        node(cluster.endpoints, tmp_path, lease_ttl_s=TTL_S) as started,
+    ):
+        for n in range(5):  # so that an empty etcd is behind
+            await store.put(f"{KEYS.root}elsewhere", b"%d" % n)
+        await until_applied(store, await models.put(store, "1"), within_s=40)
+        async with traffic(started.http, models):
+            member.kill()
+            await asyncio.to_thread(shutil.rmtree, cluster.folder / member.name)
+            if is_renamed:
+                member.arguments += ("--initial-cluster-token=another",)
+            member.start()
+            await asyncio.to_thread(cluster.wait_healthy)
+            await until_registered(store, started, within_s=20)
+            await eventually(lambda: bool(started.events("document_missing_and_kept")), within_s=10)
+            async with store_of(cluster.endpoints) as other:
+                await until_applied(other, await models.put(other, "2"), within_s=15)
+        assert not started.events("document_deleted")
 
 
 async def _put_until_done(store: EtcdStore, document: bytes) -> None:

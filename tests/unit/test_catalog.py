@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,7 @@ from registry.catalog import (
     Change,
     DocumentAccepted,
     DocumentDeleted,
+    DocumentMissing,
     DocumentRefused,
     LastGoodChanged,
     QuarantineChanged,
@@ -60,8 +62,8 @@ def batch(*events: Event) -> Batch:
     return Batch(last.kv.mod_revision if isinstance(last, Put) else last.mod_revision, events)
 
 
-def listing(revision: int, *kvs: KeyValue) -> Listing:
-    return Listing(tuple(sorted(kvs, key=lambda kv: kv.key)), Revision(revision))
+def listing(revision: int, *kvs: KeyValue, store_id: str = "") -> Listing:
+    return Listing(tuple(sorted(kvs, key=lambda kv: kv.key)), Revision(revision), store_id)
 
 
 def fold(
@@ -85,6 +87,8 @@ def short(changes: list[Change] | tuple[Change, ...]) -> list[str]:
                 shown.append(f"{model}@{revision} refused {errors[0].path}:{errors[0].line}")
             case DocumentDeleted(model, revision):
                 shown.append(f"{model}@{revision} deleted")
+            case DocumentMissing(model, revision):
+                shown.append(f"{model}@{revision} missing")
             case QuarantineChanged(model, version, quarantine):
                 shown.append(f"{model}:{version} " + ("released" if quarantine is None else "out"))
             case LastGoodChanged(model, lastgood):
@@ -258,7 +262,6 @@ RELISTS: dict[str, tuple[Listing, list[str]]] = {
         ["m@20 deleted", "n@12 live 1"],
     ),
     "a store restored from a backup": (listing(4, kv(KEY, text(live="2"), 3)), ["m@3 live 2"]),
-    "a new store that is empty": (listing(1), ["m@1 deleted"]),
     "another store at the same revision": (
         listing(5, kv(KEY, text(live="2"), 5)),
         ["m@5 live 2"],
@@ -276,6 +279,32 @@ def test_a_listing_is_the_truth(case: str) -> None:
     again, changes = after.relist(known, KEYS)
     assert changes == ()
     assert again == after
+
+
+@pytest.mark.parametrize(
+    "other", [listing(1), listing(40, store_id="b")], ids=["went back", "another cluster"]
+)
+def test_what_another_store_lacks_was_deleted_by_nobody(other: Listing) -> None:
+    before, _ = Catalog().relist(listing(9, kv(KEY, text(), 5), store_id="a"), KEYS)
+    after, changes = before.relist(other, KEYS)
+    assert short(changes) == ["m@5 missing"]
+    assert after.models[M].accepted == before.models[M].accepted
+    again, changes = after.relist(replace(other, revision=Revision(50)), KEYS)
+    assert changes == (), "it is no news any more, and it stays"
+    assert again.models[M].is_missing
+    put_again, changes = again.relist(
+        replace(other, revision=Revision(60), kvs=(kv(KEY, text(live="2"), 55),)), KEYS
+    )
+    assert short(changes) == ["m@55 live 2"]
+    gone_now, changes = put_again.relist(replace(other, revision=Revision(70)), KEYS)
+    assert short(changes) == ["m@70 deleted"]
+    assert not gone_now.models
+
+
+def test_at_a_start_the_store_knows_what_was_deleted_meanwhile() -> None:
+    before, _ = fold(batch(put(KEY, text(), 50)))
+    _, changes = before.relist(listing(9, store_id="b"), KEYS)
+    assert short(changes) == ["m@9 deleted"]
 
 
 def test_after_a_store_went_back_its_own_revisions_count() -> None:
