@@ -1,47 +1,35 @@
 """The last accepted state on disk, for a start while etcd is away (DESIGN section 5).
 
-One file: a header line with the format's version, the body's length and its sha256, then JSON.
-It is a cache of etcd and never more: a file that can't be trusted is reported and ignored.
+One file (`registry.sealed_file`) with JSON in it. It is a cache of etcd and never more: a file that
+can't be trusted is reported and ignored.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import re
-import threading
 from pathlib import Path
 from typing import Any
 
 import orjson
 import structlog
 
+from registry import sealed_file
 from registry.errors import PaddlewheelError
 from registry.names import ModelName, Revision, Version, is_model_name, is_version
 from registry.records import BadRecord, LastGood, Quarantine
 from registry.rollouts import RolloutRecord
 from registry.saved import SavedDocument, Snapshot
+from registry.sealed_file import Damaged
 
 __all__ = ["SavedDocument", "Snapshot", "SnapshotNotSaved", "load", "save"]
 
 log = structlog.get_logger(__name__)
 
 FORMAT = 1
-_MAGIC = b"paddlewheel-snapshot"
-_HEADER = re.compile(rb"paddlewheel-snapshot ([0-9]{1,6}) ([0-9]{1,12}) sha256:([0-9a-f]{64})")
-_HEADER_BYTES_MAX = 256
-
-_one_writer = threading.Lock()
-"""The temporary file has a fixed name, so that crashes leave one behind at most."""
+_MAGIC = "paddlewheel-snapshot"
 
 
 class SnapshotNotSaved(PaddlewheelError):
     """The file could not be written (disk full, no permission). The one before is untouched."""
-
-
-class _Damaged(Exception):
-    """Why a file is not to be trusted."""
 
 
 def load(path: Path) -> Snapshot | None:
@@ -51,10 +39,10 @@ def load(path: Path) -> Snapshot | None:
     left where it is. Never raises.
     """
     try:
-        return _decode(path.read_bytes())
+        return _decode(sealed_file.read(path, magic=_MAGIC, version=FORMAT))
     except FileNotFoundError:
         return None
-    except (OSError, _Damaged) as exc:
+    except (OSError, Damaged) as exc:
         log.warning("snapshot_ignored", path=str(path), reason=str(exc))
         return None
 
@@ -65,39 +53,15 @@ def save(path: Path, snapshot: Snapshot) -> None:
     Raises `SnapshotNotSaved`; the file that was there is then still there. Blocks for two fsyncs:
     not for an event loop.
     """
-    data = _encode(snapshot)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _one_writer:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(temporary, data)
-            temporary.replace(path)
-            _sync_folder(path.parent)
-        except OSError as exc:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise SnapshotNotSaved(f"{path}: {exc.strerror or exc}") from exc
-
-
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Without it, a power cut may bring the old name back."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    body = _encode(snapshot)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sealed_file.write(path, body, magic=_MAGIC, version=FORMAT)
+    except OSError as exc:
+        raise SnapshotNotSaved(f"{path}: {exc.strerror or exc}") from exc
 
 
 def _encode(snapshot: Snapshot) -> bytes:
-    body = orjson.dumps(
+    return orjson.dumps(
         {
             "prefix": snapshot.prefix,
             "documents": {
@@ -113,25 +77,13 @@ def _encode(snapshot: Snapshot) -> bytes:
         },
         option=orjson.OPT_SORT_KEYS,
     )
-    digest = hashlib.sha256(body).hexdigest().encode()
-    return b"%s %d %d sha256:%s\n%s" % (_MAGIC, FORMAT, len(body), digest, body)
 
 
-def _decode(data: bytes) -> Snapshot:
-    first, newline, body = data.partition(b"\n")
-    header = _HEADER.fullmatch(first) if len(first) < _HEADER_BYTES_MAX else None
-    if not newline or header is None:
-        raise _Damaged("not a snapshot of ours")
-    if int(header.group(1)) != FORMAT:
-        raise _Damaged(f"format {int(header.group(1))}, want {FORMAT}")
-    if len(body) != int(header.group(2)):
-        raise _Damaged(f"{len(body)} bytes, want {int(header.group(2))}")
-    if hashlib.sha256(body).hexdigest().encode() != header.group(3):
-        raise _Damaged("checksum mismatch")
+def _decode(body: bytes) -> Snapshot:
     try:
         return _read_body(orjson.loads(body))
     except (orjson.JSONDecodeError, BadRecord, KeyError, TypeError, ValueError) as exc:
-        raise _Damaged(f"unexpected content: {exc!r}") from exc
+        raise Damaged(f"unexpected content: {exc!r}") from exc
 
 
 def _read_body(body: Any) -> Snapshot:
