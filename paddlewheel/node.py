@@ -36,10 +36,12 @@ from paddlewheel.follower import Follower
 from paddlewheel.gpu_quota import quotas_mb
 from paddlewheel.logs import configure_logs
 from paddlewheel.node_drills import NodeDrills
+from paddlewheel.pipelines import PipelineKeeper
 from paddlewheel.readings import readings
 from paddlewheel.report import model_status, one_line, servable_status
 from paddlewheel.routes import Routes
 from paddlewheel.settings import NodeSettings
+from paddlewheel.transforms.pool import TransformPool
 from paddlewheel.verdicts import Verdicts
 from registry.etcd import EtcdStore
 from registry.event_writer import EventWriter
@@ -130,6 +132,16 @@ class Node:
             drills=None if drills is None else NodeDrills(drills, self._manager),
         )
         self._app.metrics.add(self._readings)
+        self._transforms = TransformPool(settings.transform_workers)
+        self._pipelines = PipelineKeeper(
+            store=self._store,
+            keys=self._keys,
+            node=settings.id,
+            session=self._session,
+            transforms=self._transforms,
+            endpoint=self._app.pipelines,
+            snapshot_path=folder / "pipelines.json",
+        )
         self._http = ""
 
     # --- what the front door asks (router.ports.NodeView) -------------------------------------
@@ -188,10 +200,12 @@ class Node:
 
     def publish(self, view: ModelView) -> None:
         self._app.publish(self._routes.put(view))
+        self._pipelines.models_changed()
         self._applied.note(view)
 
     def withdraw(self, model: ModelName) -> None:
         self._app.publish(self._routes.remove(model))
+        self._pipelines.models_changed()
         self._applied.forget(model)
         self._report(model)  # of a refused document there is still something to say
         self._announce()
@@ -292,6 +306,7 @@ class Node:
             stack.push_async_callback(self._zygote.close)
             stack.push_async_callback(self._manager.close)
             stack.push_async_callback(self._gpus.close)
+            stack.push_async_callback(self._transforms.close)
             self._applied.restore(self._manager)
             await self._follower.restore()
             self._verdicts.restore()
@@ -307,6 +322,7 @@ class Node:
                 "verdicts": self._verdicts.run,
                 "applied": self._applied.run,
                 "prober": self._prober.run,
+                "pipelines": self._pipelines.run,
                 "gpus": self._watch_gpus,
             }
             # What was made so far lives as long as the process: the collector need not look at it
@@ -339,6 +355,7 @@ class Node:
         """Only once the documents were read is a model that is not among them unknown: 404."""
         await self._follower.configs_known.wait()
         self._app.publish(self._routes.complete())
+        self._pipelines.models_changed()
 
     def _print_ready(self) -> None:
         line = {

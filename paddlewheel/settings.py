@@ -37,6 +37,8 @@ class NodeSettings:
     drain_delay_s: float = 0.0
     """How long to go on accepting after being unready, for balancers that poll."""
     enable_drills: bool = False
+    transform_workers: int | None = None
+    """Processes for pipelines' Python steps; ``None``: one a processor, four at most."""
 
 
 def default_node_id() -> NodeId:

@@ -66,6 +66,7 @@ class UpSettings:
     drain_s: float
     drain_delay_s: float
     enable_drills: bool
+    transform_workers: int | None
 
     def node_flags(self) -> list[str]:
         """The command line of a node, without its own id, address and etcd."""
@@ -80,6 +81,8 @@ class UpSettings:
             flags += ["--allow-source", prefix]
         if self.cache_max_mb is not None:
             flags += ["--cache-max-mb", str(self.cache_max_mb)]
+        if self.transform_workers is not None:
+            flags += ["--transform-workers", str(self.transform_workers)]
         if self.enable_drills:
             flags.append("--enable-drills")
         return flags

@@ -290,6 +290,8 @@ class PipelineEndpoint:
 
     def trouble(self, name: str) -> str | None:
         """Why a request of this pipeline would fail now; ``None``: it would not."""
+        if name in self._published().serving.table.models:
+            return "a model has this name"
         return self._by_default(self._entry(name))[1]
 
     def _by_default(self, entry: _Entry) -> tuple[Bound | None, str | None]:

@@ -42,6 +42,10 @@ def serving_options(command: Decorated) -> Decorated:
     """Flags that a node has and that `up` hands on to its nodes."""
     for option in (
         click.option(
+            "--transform-workers", type=click.IntRange(min=1, max=64), default=None, metavar="N",
+            help="Processes for the Python steps of pipelines.  [one a processor, at most 4]",
+        ),
+        click.option(
             "--enable-drills", is_flag=True, help="Allow fault injection through /admin/drill."
         ),
         click.option(

@@ -52,6 +52,25 @@ def wire(plan: Plan, signatures: Mapping[str, Signature | None]) -> Wiring:
     return Wiring(signature, signatures, sources, outputs)
 
 
+def check_known(plan: Plan, transforms: Mapping[str, Signature]) -> None:
+    """Look up what can be known without any model: how transforms are wired.
+
+    transforms: all that the plan names. Raises `PipelineBroken`.
+    """
+    signatures = {
+        name: None if planned.step.transform is None else transforms[planned.step.transform]
+        for name, planned in plan.steps.items()
+    }
+    try:
+        for name, planned in plan.steps.items():
+            by_input = {key: _named(ref, signatures) for key, ref in planned.inputs.items()}
+            _check_step(name, by_input, signatures)
+        for each in plan.document.spec.outputs:
+            _named(each.reference, signatures)
+    except _Misfit as exc:
+        raise PipelineBroken(plan.name, str(exc)) from None
+
+
 class _Misfit(Exception):
     """Said without the pipeline's name."""
 

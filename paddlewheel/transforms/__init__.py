@@ -1,0 +1,1 @@
+"""Pipelines' Python steps: processes that run what is installed."""
