@@ -135,6 +135,11 @@ class Predictor(Protocol):
         """Whether a worker is there now; without one a request waits for a replacement."""
         ...
 
+    @property
+    def in_flight(self) -> int:
+        """Requests accepted and not answered: waiting or running."""
+        ...
+
     async def infer(self, feeds: Mapping[str, Array], *, deadline_s: float) -> Inference:
         """Run one request.
 

@@ -12,11 +12,12 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from registry.errors import PaddlewheelError
-from registry.inference import Predictor, Signature
+from registry.inference import InferenceError, Predictor, Signature
 from registry.names import ServableId
 from router import http_errors
 from router.access.guard import Admission, Guarding
 from router.access.resources import Area, Resource
+from router.canary_watch import CanaryWatch
 from router.deadline import TIMEOUT_HEADER, parse_timeout_s
 from router.dispatch import Served, dispatch
 from router.http_body import pack, read_body, wanted_packing
@@ -42,6 +43,8 @@ class Target:
     predictor: Predictor
     series: Series
     headers: Mapping[str, str]
+    watch: CanaryWatch | None
+    """Told how its requests end while a canary is measured against it, or it is one."""
 
 
 class Published:
@@ -71,6 +74,7 @@ class Published:
                     "X-Model-Route": route,
                     "X-Config-Revision": str(self.serving.table.route(model).revision),
                 },
+                self.serving.watches.get(model),
             )
         return target
 
@@ -172,8 +176,15 @@ class InferEndpoint:
         in_flight.inc()
         try:
             served = await dispatch(serving, choice, exchange.feeds, deadline_s=deadline_s)
+        except InferenceError as exc:
+            if target.watch is not None:
+                target.watch.refused(choice, exc)
+            raise
         finally:
             in_flight.dec()
+        if target.watch is not None:
+            as_chosen = not served.reruns and served.choice.servable == choice.servable
+            target.watch.answered(choice, served.inference, exchange.feeds, as_chosen=as_chosen)
         target.series.queue.observe(served.inference.queue_s)
         return served
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from registry.errors import Bug
 from registry.inference import Predictor
-from registry.names import ServableId
+from registry.names import ModelName, ServableId
+from router.canary_watch import CanaryWatch
 from router.table import RouteTable
 
 
@@ -17,6 +18,8 @@ class Serving:
 
     table: RouteTable = field(default_factory=RouteTable)
     predictors: Mapping[ServableId, Predictor] = field(default_factory=dict[ServableId, Predictor])
+    watches: Mapping[ModelName, CanaryWatch] = field(default_factory=dict[ModelName, CanaryWatch])
+    """Of the models whose canary is measured now; the others pay nothing for it."""
 
     def __post_init__(self) -> None:
         """Raise `Bug` for a table that routes to a servable without a predictor."""

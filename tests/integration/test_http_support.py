@@ -21,6 +21,7 @@ from registry.inference import (
 )
 from registry.names import Digest, ModelName, Revision, ServableId, Version
 from router.app import App
+from router.canary_watch import CanaryWatch
 from router.ports import Check, Drills, Health
 from router.serving import Serving
 from router.table import Route, RouteTable
@@ -68,12 +69,20 @@ class NumpyPredictor:
     calls: int = 0
     cancelled: int = 0
     is_manned: bool = True
+    in_flight: int = 0
 
     def answered_after(self, failure: ServableFailed, *, by_other: bool) -> None:
         """Nothing is judged here."""
 
     async def infer(self, feeds: Mapping[str, Array], *, deadline_s: float) -> Inference:
         self.calls += 1
+        self.in_flight += 1
+        try:
+            return await self._infer(feeds, deadline_s)
+        finally:
+            self.in_flight -= 1
+
+    async def _infer(self, feeds: Mapping[str, Array], deadline_s: float) -> Inference:
         error = self.failing(self.calls)
         if error is not None:
             raise error
@@ -108,13 +117,16 @@ class Node:
         return self.listed
 
 
-def serving(*routes: tuple[Route, Sequence[NumpyPredictor]]) -> Serving:
+def serving(
+    *routes: tuple[Route, Sequence[NumpyPredictor]],
+    watches: Mapping[ModelName, CanaryWatch] | None = None,
+) -> Serving:
     table = RouteTable()
     predictors: dict[ServableId, Any] = {}
     for route, behind in routes:
         table = table.with_route(route)
         predictors |= {predictor.id: predictor for predictor in behind}
-    return Serving(table, predictors)
+    return Serving(table, predictors, watches or {})
 
 
 def one_model(
