@@ -21,7 +21,7 @@ class NodeSeen:
     is_draining: bool = False
     status: ModelStatus | None = None
     failing_s: float = 0.0
-    """For how long its status has shown the failure that it shows now (see `reading.failure`)."""
+    """For how long its status has shown the failure that it shows now, if it shows one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class World:
     """The newest that parses."""
     revision: Revision
     """Its revision."""
+    created: Revision
+    """Of the model's first document since it was last deleted."""
     now: datetime
     """Wall time, only to be written down."""
     coordinator: str = ""
