@@ -39,6 +39,7 @@ from paddlewheel.node_drills import NodeDrills
 from paddlewheel.pipelines import PipelineKeeper
 from paddlewheel.readings import readings
 from paddlewheel.report import model_status, one_line, servable_status
+from paddlewheel.rollout.coordinator import TTL_MAX_S, Coordinator
 from paddlewheel.routes import Routes
 from paddlewheel.settings import NodeSettings
 from paddlewheel.transforms.pool import TransformPool
@@ -126,6 +127,10 @@ class Node:
         )
         self._applied = Applied(folder / "applied.json")
         self._events = EventWriter(self._store, self._keys, node_source(settings.id))
+        self._coordinator = Coordinator(
+            self._store, self._keys, settings.id,
+            ttl_s=min(settings.lease_ttl_s, TTL_MAX_S), emit=self._events.emit,
+        )  # fmt: skip
         self._app = App(
             self,
             product_version=paddlewheel.__version__,
@@ -333,11 +338,15 @@ class Node:
                 asyncio.create_task(self._keep(name, part), name=name)
                 for name, part in parts.items()
             ]
+            coordinating = asyncio.create_task(
+                self._keep("coordinator", self._coordinator.run), name="coordinator"
+            )
             await self._stop.wait()
+            coordinating.cancel()  # another takes over at once
             await self._drain()
-            for task in tasks:
+            for task in (coordinating, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(coordinating, *tasks, return_exceptions=True)
         log.info("node_stopped", node=settings.id)
         return 0
 
