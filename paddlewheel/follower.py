@@ -40,6 +40,7 @@ from registry.errors import PaddlewheelError
 from registry.keys import Keys
 from registry.names import ModelName, NodeId, Revision, Version
 from registry.records import Good
+from registry.rollouts import RolloutRecord
 from registry.snapshot import load, save
 from registry.spec import FieldError, ModelDocument
 from registry.store import Batch, Listing, Put, Store, StoreError
@@ -107,6 +108,10 @@ class Follower:
         self.configs_known = asyncio.Event()
         """Whether the documents are known: from etcd, or from the snapshot."""
         self.last_event_at: datetime | None = None
+
+    def rollout(self, model: ModelName) -> RolloutRecord | None:
+        """The coordinator's record of a model, as last seen."""
+        return self._catalog.rollouts.get(model)
 
     async def restore(self) -> None:
         """Start from what was last accepted here, without etcd."""
@@ -297,7 +302,7 @@ class Follower:
         if known is None or known.accepted is None:
             return None
         document, revision = known.accepted.document, known.accepted.revision
-        step = next_step(
+        return next_step(
             document,
             revision,
             self._catalog.rollouts.get(model),
@@ -305,7 +310,6 @@ class Follower:
             aspired=view.aspired_revision if view is not None else None,
             is_placed_here=self._is_placed_here(document),
         )
-        return step
 
     def _stand(self, model: ModelName) -> None:
         """Tell the manager what the fleet's word on the newest accepted document means here."""
@@ -313,7 +317,9 @@ class Follower:
         if step is None or known is None or known.accepted is None:
             return
         newest, manager = known.accepted, self._manager
-        if step.aspire == newest.revision and not self._is_placed_here(newest.document):
+        if not self._is_placed_here(newest.document) and (
+            step.aspire == newest.revision or (step.aspire is None and manager.view(model) is None)
+        ):
             self._leave(model)
             return
         if (seen := self.seen.get(model)) is not None:
@@ -338,9 +344,9 @@ class Follower:
     def _at(self, model: ModelName, revision: Revision) -> ModelDocument | None:
         """An accepted document as far as it is remembered."""
         known = self._catalog.models.get(model)
-        if known is not None and known.accepted is not None:
-            if known.accepted.revision == revision:
-                return known.accepted.document
+        newest = None if known is None else known.accepted
+        if newest is not None and newest.revision == revision:
+            return newest.document
         return self._recent.get(model, {}).get(revision)
 
     def _remember(self, model: ModelName, revision: Revision, document: ModelDocument) -> None:
@@ -428,11 +434,10 @@ class Follower:
         loop = asyncio.get_running_loop()
         then = await self._history.at(model, step.aspire)
         accept = self._accept(loop, is_newest=False)
-        if then is not None and (
-            not self._is_placed_here(then.document)
-            or await loop.run_in_executor(self._thread, accept, then.document)
-        ):
-            then = None  # not for this node
+        if then is not None:
+            refused = await loop.run_in_executor(self._thread, accept, then.document)
+            if refused or not self._is_placed_here(then.document):
+                then = None  # not for this node
         async with self._folding:
             if then is not None:
                 log.info("document_from_history", model=model, revision=then.revision)

@@ -41,6 +41,7 @@ from paddlewheel.readings import readings
 from paddlewheel.report import model_status, one_line, servable_status
 from paddlewheel.rollout.coordinator import TTL_MAX_S, Coordinator
 from paddlewheel.routes import Routes
+from paddlewheel.samples import SampleWriter
 from paddlewheel.settings import NodeSettings
 from paddlewheel.transforms.pool import TransformPool
 from paddlewheel.verdicts import Verdicts
@@ -112,11 +113,13 @@ class Node:
         self._follower = Follower(
             store=self._store,
             keys=self._keys,
+            node=settings.id,
             manager=self._manager,
             admission=DocumentAdmission(settings.allow_sources, self._devices, self._manager),
             labels=settings.labels,
             snapshot_path=folder / "snapshot.json",
             on_seen=self._seen,
+            on_standing=self._stood,
         )
         self._verdicts = Verdicts(
             store=self._store,
@@ -137,6 +140,8 @@ class Node:
             drills=None if drills is None else NodeDrills(drills, self._manager),
         )
         self._app.metrics.add(self._readings)
+        self._app.metrics.add(self._routes.windows.readings)
+        self._samples = SampleWriter(self._routes.windows, self._session, self._keys, settings.id)
         self._transforms = TransformPool(settings.transform_workers)
         self._pipelines = PipelineKeeper(
             store=self._store,
@@ -254,6 +259,15 @@ class Node:
             data = {"revision": seen.revision, "errors": [one_line(e) for e in seen.errors[:5]]}
             self.happened(EventType.CONFIG_REJECTED, model, data)
 
+    def _stood(self, model: ModelName) -> None:
+        """The fleet's word on a model changed: the canary's share of traffic, or the status."""
+        record = self._follower.rollout(model)
+        canary = None if record is None else record.canary
+        view = self._manager.view(model)
+        if self._routes.steer(model, canary) and view is not None:
+            self._app.publish(self._routes.put(view))
+        self._report(model)
+
     def _report(self, model: ModelName) -> None:
         """Write the model's status, on change only (the session compares)."""
         seen, view = self._follower.seen.get(model), self._manager.view(model)
@@ -329,6 +343,7 @@ class Node:
                 "prober": self._prober.run,
                 "pipelines": self._pipelines.run,
                 "gpus": self._watch_gpus,
+                "samples": self._samples.run,
             }
             # What was made so far lives as long as the process: the collector need not look at it
             # again (a full collection stopped the front for 25 ms and more).

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from registry.canary import CanaryStand
 from registry.names import ModelName
 from registry.spec import HeaderRule, PercentRule, RegionRule, Rule, UserRule
-from registry.spec_canary import Sticky
+from registry.spec_canary import CanarySpec, Sticky
 
 BUCKETS = 10_000
 """A percent counts in steps of 0.01."""
@@ -259,6 +260,21 @@ def compile_rules(
         step,
         None if step is None else _compile_step(step),
     )
+
+
+def canary_rules(
+    model: ModelName, canary: CanarySpec | None, stand: CanaryStand
+) -> CompiledRules | None:
+    """The rules of a canary that is as far as ``stand`` says; ``None``: nobody gets it.
+
+    Nodes and gateways route by this one function.
+    """
+    if canary is None or stand.is_failed:
+        return None
+    step: StepShare | None = None
+    if stand.step is not None:
+        step = StepShare(stand.step, stand.percent, canary.sticky)
+    return compile_rules(model, canary.rules, step)
 
 
 def _compile_step(step: StepShare) -> _Step:

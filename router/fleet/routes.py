@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from registry.canary import canary_stand
 from registry.names import Digest, ModelName, NodeId, Revision, ServableId, Version
+from registry.rollouts import CanaryProgress
 from registry.spec import Limits, ModelDocument
 from router.fleet.members import Report
-from router.rules import compile_rules
+from router.rules import canary_rules
 from router.table import NO_REVISION, Route
 
 NOBODY = "no node serves it"
@@ -18,12 +20,14 @@ def fleet_route(
     reports: Mapping[NodeId, Report],
     documents: Mapping[Revision, ModelDocument],
     nodes: frozenset[NodeId],
+    progress: CanaryProgress | None = None,
 ) -> Route:
     """One model's routes as the fleet serves them.
 
     While nodes change from one document to the next, the newest one that is in force anywhere
     speaks for all; what pins a version is looked up on every node.
     documents: the accepted ones that are known, by revision. nodes: those that may answer.
+    progress: of the model's rollout record.
     """
     heard = {node: report for node, report in reports.items() if node in nodes}
     newest = max(
@@ -39,14 +43,17 @@ def fleet_route(
         pinned |= report.loaded
         unavailable |= report.unavailable
     reason = newest.status.reason if newest is not None else NOBODY
-    rules = document.spec.canary.rules if document is not None and document.spec.canary else ()
     canary = _servable(newest, model, newest.canary) if newest is not None else None
+    rules = None
+    if canary is not None and document is not None:
+        stand = canary_stand(document.spec, progress)
+        rules = canary_rules(model, document.spec.canary, stand)
     return Route(
         model=model,
         live=_servable(newest, model, newest.live) if newest is not None else None,
         standby=_servable(newest, model, newest.standby) if newest is not None else None,
         canary=canary,
-        rules=compile_rules(model, rules) if canary is not None else None,
+        rules=rules,
         revision=revision,
         pinned=pinned,
         unavailable={v: why for v, why in unavailable.items() if v not in pinned},
