@@ -154,6 +154,8 @@ class Manager:
         Until something serves, what is prepared leaves the memory to it, and the last good
         version is loaded.
         """
+        if not is_awaited and name not in self._models:
+            return
         model = self._model(name)
         if model.awaits_base != is_awaited:
             model.awaits_base = is_awaited

@@ -169,7 +169,8 @@ def _applied(world: World, aspiration: Aspiration, canary: ServableId | None) ->
         standby = now.standby
     else:
         bake_until_s = world.now_s + aspiration.bake_s
-        standby = now.live
+        # What an older document takes the place of was taken back: nothing to fall back to.
+        standby = now.live if aspiration.revision >= now.revision else None
     # A suspected standby stays: it is the control by which it will be judged.
     keeps = world.is_loaded(standby) and bake_until_s > world.now_s and not world.is_tight
     return InForce(

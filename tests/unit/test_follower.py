@@ -23,7 +23,7 @@ from registry.records import HistoryEntry, LastGood
 from registry.spec import ModelDocument
 from registry.store import Batch, KeyValue, Listing, PermissionDenied, Put, Unavailable
 from tests.eventually import eventually
-from tests.unit.manager_harness import MODEL, ManagedNode, document, managed
+from tests.unit.manager_harness import MODEL, NODE, ManagedNode, document, managed
 
 KEYS = Keys("/p")
 BROKEN = b"spec: ["
@@ -45,6 +45,7 @@ def follower_of(
     follower = Follower(
         store=store,
         keys=keys,
+        node=NODE,
         manager=node.manager,
         admission=DocumentAdmission(allow, node.devices, node.manager),
         labels={"zone": zone},

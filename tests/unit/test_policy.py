@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from loader.lifecycle import State
@@ -221,8 +223,8 @@ CASES: dict[str, tuple[World, Action | None]] = {
         Drain(B),
     ),
     "back to the document before is a change of pointer too": (
-        world("a STANDBY, b LIVE", WANT_A, B_OVER_A),
-        Swap(InForce(R1, A, standby=None, bake_until_s=NOW_S)),
+        world("a STANDBY, b LIVE", replace(WANT_A, bake_s=600), B_OVER_A),
+        Swap(InForce(R1, A, bake_until_s=NOW_S + 600)),
     ),
     "what fails to get ready leaves traffic where it is": (
         world("a LIVE, b FAILED", WANT_A, A_IN_FORCE, prepared=WANT_B),

@@ -1,0 +1,69 @@
+"""What one node does about the newest document of a model, given the fleet's word on it (pure).
+
+`registry.rollouts.standing` is the rule for all; this is what follows from it for a manager that
+already works towards something.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from registry.names import NodeId, Revision
+from registry.rollouts import NONE_BEFORE, RolloutRecord, Stand, standing
+from registry.spec import ModelDocument
+
+
+class Shadow(Enum):
+    """What becomes of what is loaded only to be ready."""
+
+    PREPARE = auto()
+    """The document is made ready beside what serves."""
+    KEEP = auto()
+    DROP = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the manager is to be told."""
+
+    aspire: Revision | None
+    """The document to have in force; ``None``: whatever is, and no document is looked for."""
+    shadow: Shadow
+    reason: str | None = None
+    """For the status."""
+
+
+def next_step(
+    document: ModelDocument,
+    revision: Revision,
+    record: RolloutRecord | None,
+    node: NodeId,
+    *,
+    aspired: Revision | None,
+    is_placed_here: bool = True,
+) -> Step:
+    """What ``node`` does about ``document``, the newest that it accepted.
+
+    aspired: the document that the node works towards now; ``None`` after a start.
+    is_placed_here: a document that moves a model to other nodes takes it away only when it is in
+    force there.
+    """
+    stand = standing(document, revision, record, node)
+    base = stand.base if stand.base != NONE_BEFORE else None
+    match stand.stand:
+        case Stand.APPLY:
+            return Step(revision, Shadow.DROP)
+        case Stand.REVERT:
+            return Step(base, Shadow.DROP, stand.reason)
+        case Stand.HOLD if base == revision:
+            return Step(revision, Shadow.KEEP, stand.reason)
+        case Stand.HOLD if record is not None and record.revision > revision:
+            # Overtaken: what is loaded for it may be of use to the one that is to come.
+            return Step(base, Shadow.KEEP, stand.reason)
+        case Stand.HOLD if aspired == revision:
+            # In force here already, and its record was lost: nobody takes it back.
+            return Step(None, Shadow.KEEP, stand.reason)
+        case Stand.HOLD:
+            shadow = Shadow.PREPARE if is_placed_here else Shadow.KEEP
+            return Step(base, shadow, stand.reason)
