@@ -9,9 +9,9 @@ from paddlewheel.cli.connection import Connection, with_etcd
 from paddlewheel.cli.history import choose_rollback, read_history
 from paddlewheel.cli.options import dry_run_option, wait_options
 from paddlewheel.cli.output import say
-from paddlewheel.cli.promotion import promote_text
 from paddlewheel.cli.writing import Change
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
+from paddlewheel.promotion import promote_text
 from registry.errors import PaddlewheelError
 from registry.names import ModelName, Revision, Version
 from registry.records import BadRecord, Quarantine

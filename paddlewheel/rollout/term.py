@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import structlog
 
 from paddlewheel.history import is_passing
+from paddlewheel.promotion import NothingToPromote, promote_text
+from paddlewheel.rollout.canary_plan import promotes
 from paddlewheel.rollout.plan import next_record, wake_s, wants_record
 from paddlewheel.rollout.telling import Telling, tellings
 from paddlewheel.rollout.view import DocumentSeen, View
@@ -78,6 +80,8 @@ class Term:
         """Prefixes of the fleet that are not known yet; ``None``: not asked for."""
         self._unsure: set[ModelName] = set()
         """Models whose record a write with a lost answer may have changed."""
+        self._unpromotable: set[tuple[ModelName, Revision]] = set()
+        """Documents that could not be rewritten; said once."""
         self._failures: dict[ModelName, int] = {}
         self._touched: set[ModelName] = set()
         self._due_s: dict[ModelName, float] = {}
@@ -281,6 +285,7 @@ class Term:
                 return
             record = next_record(world)
             if record is None:
+                await self._promote(model, seen, world)
                 again_s = wake_s(world)
                 if again_s is not None:
                     self._due_s[model] = self._clock_s() + max(WAKE_MIN_S, again_s)
@@ -313,6 +318,30 @@ class Term:
         for telling in tellings(world.record, record):
             self._tell(telling)
         return True
+
+    async def _promote(self, model: ModelName, seen: DocumentSeen, world: World) -> None:
+        """Make the canary live where its last step is passed, as ``paddlewheel promote`` does.
+
+        By compare-and-swap on the very document that was decided on: an edit made meanwhile wins.
+        """
+        record = world.record
+        if record is None or not promotes(world, record) or seen.mod_revision != seen.revision:
+            return
+        if (model, seen.revision) in self._unpromotable:
+            return
+        key = self._keys.model(model)
+        try:
+            kv = await self._store.get(key)
+            if kv is None or kv.mod_revision != seen.revision:
+                return  # the watch brings what it is now
+            text = promote_text(kv.value.decode()).text.encode()
+            await self._parse(text, model)
+            await self._leadership.put(key, text, seen.revision)
+        except StoreError as exc:
+            self._retry(model, exc)
+        except (NothingToPromote, ConfigError) as exc:
+            self._unpromotable.add((model, seen.revision))
+            log.error("canary_not_promoted", model=model, revision=seen.revision, reason=str(exc))
 
     async def _forget(self, model: ModelName) -> None:
         """The document is gone: so is its rollout, and what was ordered of it."""

@@ -22,7 +22,7 @@ import jsonschema
 import pytest
 import yaml
 
-from paddlewheel.cli.promotion import promote_text
+from paddlewheel.promotion import promote_text
 from registry.etcd import EtcdStore
 from registry.keys import Keys
 from registry.names import ModelName, NodeId, Revision, Version

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paddlewheel.cli.promotion import NothingToPromote, promote_text
+from paddlewheel.promotion import NothingToPromote, promote_text
 
 BLOCK = """\
 # owned by vision
