@@ -20,11 +20,12 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from loader.manager import Manager
 from paddlewheel.admission import DocumentAdmission, local_sizes
-from paddlewheel.gating import Shadow, Step, next_step
 from paddlewheel.history import History, is_passing
 from paddlewheel.look_back import LookBack
 from paddlewheel.report import Seen, intent_of
+from paddlewheel.stance import Stance
 from registry.catalog import (
+    Accepted,
     Catalog,
     Change,
     DocumentAccepted,
@@ -52,9 +53,6 @@ SAVE_AFTER_S = 0.25
 """The snapshot's two fsyncs come after what a new document sets off, and once for many of them:
 on the thread that parses, each made the next document wait."""
 
-BASES_MAX = 4
-"""Documents of each model that are remembered, to be gone back to; history has them all."""
-
 Fold = Callable[[Catalog], tuple[Catalog, tuple[Change, ...]]]
 
 
@@ -80,10 +78,8 @@ class Follower:
     ) -> None:
         self._store = store
         self._keys = keys
-        self._node = node
         self._manager = manager
         self._admission = admission
-        self._labels = labels
         self._snapshot_path = snapshot_path
         self._on_seen = on_seen
         self._on_standing = on_standing
@@ -94,12 +90,7 @@ class Follower:
         self._look_back = LookBack(
             (self._find_last_good, self._find_last_accepted, self._find_base)
         )
-        self._recent: dict[ModelName, dict[Revision, ModelDocument]] = {}
-        """Documents that were accepted here, the oldest first."""
-        self._without_base: dict[ModelName, Revision] = {}
-        """Models whose document to go back to is not in history, or not for this node."""
-        self._rollouts_known = False
-        """Whether etcd was asked for the rollouts since this process began."""
+        self._stance = Stance(manager=manager, node=node, labels=labels, ask=self._look_back.ask)
         self._unsaved = asyncio.Event()
         self.seen: dict[ModelName, Seen] = {}
         """The last document seen of each model that is placed here."""
@@ -163,8 +154,8 @@ class Follower:
         await self._fold(lambda was: was.relist(listing, self._keys, prefix, accept=accept))
         if prefix == self._keys.models_prefix:
             self.configs_known.set()
-        elif prefix == self._keys.rollouts_prefix and not self._rollouts_known:
-            self._rollouts_known = True
+        elif prefix == self._keys.rollouts_prefix and not self._stance.rollouts_known:
+            self._stance.rollouts_known = True
             for model in self._catalog.models:
                 self._stand(model)
         revision = listing.revision
@@ -202,7 +193,7 @@ class Follower:
             return self._admission.check(document, sizes, is_newest=is_newest)
 
         def accept(document: ModelDocument) -> tuple[FieldError, ...]:
-            if not self._is_placed_here(document):
+            if not self._stance.is_placed_here(document):
                 return ()
             try:
                 sizes = local_sizes(document)
@@ -278,7 +269,7 @@ class Follower:
                     "rollout_changed", model=model, revision=rollout and rollout.revision,
                     phase=rollout and rollout.phase,
                 )  # fmt: skip
-                self._without_base.pop(model, None)
+                self._stance.look_again(model)
                 self._stand(model)
                 self._on_standing(model)
             case RecordIgnored(key, reason):
@@ -286,9 +277,9 @@ class Follower:
 
     def _accepted(self, model: ModelName, revision: Revision, document: ModelDocument) -> None:
         self._refused.pop(model, None)
-        self._without_base.pop(model, None)
-        self._remember(model, revision, document)
-        if self._is_placed_here(document):
+        self._stance.look_again(model)
+        self._stance.remember(document, revision)
+        if self._stance.is_placed_here(document):
             log.info("document_accepted", model=model, revision=revision)
         else:
             log.info("document_placed_elsewhere", model=model, revision=revision)
@@ -296,78 +287,27 @@ class Follower:
         self._stand(model)
         self._on_seen(model)
 
-    def _step(self, model: ModelName) -> Step | None:
-        """What is to be done about a model, going by its newest accepted document."""
-        known, view = self._catalog.models.get(model), self._manager.view(model)
-        if known is None or known.accepted is None:
-            return None
-        document, revision = known.accepted.document, known.accepted.revision
-        return next_step(
-            document,
-            revision,
-            self._catalog.rollouts.get(model),
-            self._node,
-            aspired=view.aspired_revision if view is not None else None,
-            is_placed_here=self._is_placed_here(document),
-        )
+    def _newest(self, model: ModelName) -> Accepted | None:
+        known = self._catalog.models.get(model)
+        return None if known is None else known.accepted
 
     def _stand(self, model: ModelName) -> None:
-        """Tell the manager what the fleet's word on the newest accepted document means here."""
-        step, known = self._step(model), self._catalog.models.get(model)
-        if step is None or known is None or known.accepted is None:
+        """Do what the fleet's word on the newest accepted document means here."""
+        if (newest := self._newest(model)) is None:
             return
-        newest, manager = known.accepted, self._manager
-        if not self._is_placed_here(newest.document) and (
-            step.aspire == newest.revision or (step.aspire is None and manager.view(model) is None)
-        ):
+        step = self._stance.take(newest, self._catalog.rollouts.get(model))
+        if step is None:
             self._leave(model)
-            return
-        if (seen := self.seen.get(model)) is not None:
+        elif (seen := self.seen.get(model)) is not None:
             self.seen[model] = replace(seen, reason=step.reason)
-        match step.shadow:
-            case Shadow.PREPARE:
-                manager.prepare(newest.document, newest.revision)
-            case Shadow.DROP if step.aspire != newest.revision:
-                manager.drop_prepared(model)
-            case _:
-                pass  # what was prepared comes into force as it is
-        if step.aspire is None:
-            manager.await_base(model, is_awaited=not self._rollouts_known)
-        elif (document := self._at(model, step.aspire)) is not None:
-            manager.aspire(document, step.aspire)
-        elif self._without_base.get(model) == step.aspire:
-            manager.await_base(model, is_awaited=False)
-        else:
-            manager.await_base(model)
-            self._look_back.ask(model)
-
-    def _at(self, model: ModelName, revision: Revision) -> ModelDocument | None:
-        """An accepted document as far as it is remembered."""
-        known = self._catalog.models.get(model)
-        newest = None if known is None else known.accepted
-        if newest is not None and newest.revision == revision:
-            return newest.document
-        return self._recent.get(model, {}).get(revision)
-
-    def _remember(self, model: ModelName, revision: Revision, document: ModelDocument) -> None:
-        if self._is_placed_here(document):
-            recent = self._recent.setdefault(model, {})
-            recent.pop(revision, None)
-            recent[revision] = document
-            while len(recent) > BASES_MAX:
-                del recent[next(iter(recent))]
 
     def _leave(self, model: ModelName) -> None:
         self.seen.pop(model, None)
         self._refused.pop(model, None)
-        self._recent.pop(model, None)
-        self._without_base.pop(model, None)
+        self._stance.forget(model)
         self._manager.forget_model(model)
         self._admission.forget(model)
         self._on_seen(model)
-
-    def _is_placed_here(self, document: ModelDocument) -> bool:
-        return document.spec.placement.labels.items() <= self._labels.items()
 
     # --- what only older documents know -------------------------------------------------------
 
@@ -389,7 +329,9 @@ class Follower:
             return None
         view = self._manager.view(model)
         document = (view.aspired if view is not None else None) or known.accepted.document
-        return last.other_than(document.spec.live) if self._is_placed_here(document) else None
+        return (
+            last.other_than(document.spec.live) if self._stance.is_placed_here(document) else None
+        )
 
     async def _find_last_good(self, model: ModelName) -> None:
         good = self._good(model)
@@ -410,7 +352,7 @@ class Follower:
         async for then in self._history.before(model, known.revision):
             if then.revision < kv.create_revision:
                 return  # from before the model was deleted
-            if not self._is_placed_here(then.document):
+            if not self._stance.is_placed_here(then.document):
                 return  # the others serve it
             if await loop.run_in_executor(self._thread, accept, then.document):
                 continue  # this node would have refused it
@@ -420,7 +362,7 @@ class Follower:
                 models = {**self._catalog.models, model: replace(known, accepted=then)}
                 self._catalog = replace(self._catalog, models=models)
                 log.info("document_from_history", model=model, revision=then.revision)
-                self._remember(model, then.revision, then.document)
+                self._stance.remember(then.document, then.revision)
                 self._stand(model)
                 self._fall_back(model)
             self._unsaved.set()
@@ -428,23 +370,24 @@ class Follower:
 
     async def _find_base(self, model: ModelName) -> None:
         """The document to have in force while the newest one waits, or was aborted."""
-        step = self._step(model) if self._rollouts_known else None
-        if step is None or step.aspire is None or self._at(model, step.aspire) is not None:
+        newest, record = self._newest(model), self._catalog.rollouts.get(model)
+        base = None if newest is None else self._stance.lacks(newest, record)
+        if base is None:
             return
         loop = asyncio.get_running_loop()
-        then = await self._history.at(model, step.aspire)
+        then = await self._history.at(model, base)
         accept = self._accept(loop, is_newest=False)
         if then is not None:
             refused = await loop.run_in_executor(self._thread, accept, then.document)
-            if refused or not self._is_placed_here(then.document):
+            if refused or not self._stance.is_placed_here(then.document):
                 then = None  # not for this node
         async with self._folding:
             if then is not None:
                 log.info("document_from_history", model=model, revision=then.revision)
-                self._remember(model, then.revision, then.document)
+                self._stance.remember(then.document, then.revision)
             else:
-                log.warning("document_not_in_history", model=model, revision=step.aspire)
-                self._without_base[model] = step.aspire
+                log.warning("document_not_in_history", model=model, revision=base)
+                self._stance.give_up(model, base)
             self._stand(model)
 
     # --- the snapshot -------------------------------------------------------------------------
