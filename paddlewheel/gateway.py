@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 import orjson
@@ -19,6 +20,7 @@ import structlog
 import uvloop
 
 import paddlewheel
+from paddlewheel.gateway_memory import GatewayMemory, News
 from paddlewheel.gateway_probes import Prober
 from paddlewheel.logs import configure_logs
 from registry.catalog import Catalog, DocumentAccepted, DocumentDeleted, DocumentRefused
@@ -27,7 +29,6 @@ from registry.etcd.settings import EtcdSettings
 from registry.keys import Keys
 from registry.names import ModelName, NodeId, Revision
 from registry.spec import ModelDocument
-from registry.store import Batch
 from router.fleet.members import Fleet
 from router.gateway_app import GatewayApp
 from router.ports import Check, Health
@@ -54,6 +55,8 @@ class GatewaySettings:
     """How long requests in flight may take after SIGTERM."""
     drain_delay_s: float = 0.0
     """How long to go on accepting after being unready, for balancers that poll."""
+    state: Path | None = None
+    """A folder for what etcd last said, for a start while it is away; ``None``: not kept."""
 
 
 def run_gateway(settings: GatewaySettings) -> int:
@@ -73,6 +76,12 @@ class Gateway:
         self._settings = settings
         self._keys = Keys(settings.prefix)
         self._store = EtcdStore.connect(settings.etcd)
+        self._memory = GatewayMemory(
+            self._store,
+            settings.state,
+            prefix=settings.prefix,
+            endpoints=[str(endpoint) for endpoint in settings.etcd.parsed()],
+        )
         self._stop = asyncio.Event()
         self._draining = False
         self._was_ready = False
@@ -118,9 +127,9 @@ class Gateway:
     # --- from etcd --------------------------------------------------------------------------
 
     async def _follow_fleet(self, prefix: str) -> None:
-        async for batch in self._store.watch_prefix(prefix):
+        async for news in self._memory.follow(prefix):
             was = self._fleet
-            self._fleet, ignored = was.apply(batch, self._keys)
+            self._fleet, ignored = was.apply(news.batch, self._keys)
             for record in ignored:
                 log.warning("record_ignored", key=record.key, reason=record.reason)
             self._known.add(prefix)
@@ -131,13 +140,19 @@ class Gateway:
 
     async def _follow_documents(self) -> None:
         """Every revision of a document, parsed off the loop: a large one takes a while."""
-        async for batch in self._store.watch_prefix(self._keys.models_prefix):
-            await self._take_documents(batch)
+        async for news in self._memory.follow(self._keys.models_prefix):
+            await self._take_documents(news)
             self._known.add(self._keys.models_prefix)
             self._publish()
 
-    async def _take_documents(self, batch: Batch) -> None:
-        self._catalog, changes = await asyncio.to_thread(self._catalog.apply, batch, self._keys)
+    async def _take_documents(self, news: News) -> None:
+        """What another store than before does not have was deleted by nobody, as on nodes."""
+        was, keys, listing = self._catalog, self._keys, news.whole
+        if listing is None:
+            folded = await asyncio.to_thread(was.apply, news.batch, keys)
+        else:
+            folded = await asyncio.to_thread(was.relist, listing, keys, keys.models_prefix)
+        self._catalog, changes = folded
         for change in changes:
             match change:
                 case DocumentAccepted(model, revision, document):
@@ -192,6 +207,7 @@ class Gateway:
             await self._store.close()
             return 1
         self._print_ready()
+        await self._memory.restore()
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._store.close)
             stack.callback(self._rotation.close)
@@ -202,6 +218,7 @@ class Gateway:
                     ("documents", self._follow_documents()),
                     *((prefix, self._follow_fleet(prefix)) for prefix in self._fleet_prefixes()),
                     ("sweep", self._sweep()),
+                    *((("memory", self._memory.run()),) if settings.state else ()),
                     ("stop", self._wait_for_stop()),
                 )
             ]

@@ -58,6 +58,11 @@ class FleetUnderTest:
     models: Models
     nodes: list[FleetNode] = field(default_factory=list[FleetNode])
 
+    async def restart_gateway(self, folder: Path) -> None:
+        """Another process with the same state on disk, which is in ``folder``."""
+        assert await self.gateway.stop() == 0
+        self.gateway = await start_gateway(self.cluster, folder)
+
     async def seen(self) -> dict[str, dict[str, Any]]:
         """The gateway's view of each node, by id."""
         _, body = await http_get(f"{self.gateway.http}/admin/nodes")
@@ -121,15 +126,23 @@ async def fleet(
 
         stack.push_async_callback(end_nodes)
         await asyncio.gather(*(node.start() for node in nodes))
-        gateway = await Command.start(
-            ("gateway", "--etcd", ",".join(cluster.endpoints), "--listen", "127.0.0.1:0",
-             *gateway_flags),
-            folder / "gateway",
-        )  # fmt: skip
-        stack.push_async_callback(gateway.end)
+        gateway = await start_gateway(cluster, folder / "gateway", gateway_flags)
         world = FleetUnderTest(cluster, store, gateway, models, nodes)
+
+        async def end_gateway() -> None:
+            await world.gateway.end()
+
+        stack.push_async_callback(end_gateway)
         await world.until_applied(revision)
         await world.until_taking(*nodes, within_s=10)
         yield world
+        gateway = world.gateway
         assert gateway.is_running
         assert not [e for e in gateway.events() if e.get("level") == "error"], gateway.tail()
+
+
+async def start_gateway(cluster: EtcdCluster, folder: Path, flags: Sequence[str] = ()) -> Command:
+    return await Command.start(
+        ("gateway", "--etcd", ",".join(cluster.endpoints), "--listen", "127.0.0.1:0", *flags),
+        folder,
+    )

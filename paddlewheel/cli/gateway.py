@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from paddlewheel.cli.serve import label_option
@@ -24,8 +26,18 @@ from paddlewheel.etcd_options import EtcdOptions, etcd_options
     "--listen", default="127.0.0.1:8600", metavar="HOST:PORT", show_default=True,
     help="Where HTTP is served; port 0 asks for a free one.",
 )  # fmt: skip
+@click.option(
+    "--state", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    help="Where to keep what etcd last said, for a start while it is away."
+    "  [~/.local/state/paddlewheel/gateway]",
+)  # fmt: skip
 def gateway(
-    etcd: EtcdOptions, listen: str, labels: dict[str, str], drain_s: float, drain_delay_s: float
+    etcd: EtcdOptions,
+    listen: str,
+    labels: dict[str, str],
+    drain_s: float,
+    drain_delay_s: float,
+    state: Path | None,
 ) -> None:
     """Forward requests to the nodes that etcd knows, and around those that fail.
 
@@ -33,6 +45,7 @@ def gateway(
     """
     from paddlewheel.gateway import GatewaySettings, run_gateway
     from paddlewheel.settings import parse_listen
+    from paddlewheel.state_file import state_dir
 
     try:
         host, port = parse_listen(listen)
@@ -47,6 +60,7 @@ def gateway(
             zone=labels,
             drain_s=drain_s,
             drain_delay_s=drain_delay_s,
+            state=state or state_dir() / "gateway",
         )
     )
     raise SystemExit(status)

@@ -138,3 +138,32 @@ async def test_versions_are_swapped_while_nodes_die(world: FleetUnderTest) -> No
             await first.process.end()
             await first.start()
             await world.until_applied(revision)
+
+
+async def test_a_gateway_starts_while_etcd_is_away(cluster: EtcdCluster, tmp_path: Path) -> None:
+    """From what etcd last said to it; then it takes up what changed meanwhile."""
+    async with fleet(cluster, tmp_path, 2) as world:
+        first, second = world.nodes
+        kept = tmp_path / "gateway/state/paddlewheel/gateway/gateway.snapshot"
+
+        def is_known() -> bool:
+            """Both nodes, and that both serve."""
+            return kept.exists() and kept.read_bytes().count(b'"/paddlewheel/') >= 5
+
+        await eventually(is_known, within_s=5)
+        cluster.members[0].kill()
+        await world.restart_gateway(tmp_path / "gateway")
+        await world.until_taking(first, second, within_s=4)
+        assert (await http_get(f"{world.gateway.http}/readyz"))[0] == 200
+        async with traffic(world.gateway.http, world.models, rate_per_s=RATE_PER_S):
+            second.process.kin()
+            second.process.signal(signal.SIGKILL)
+            await second.process.wait(5)
+            await world.until_taking(first, within_s=2)
+            cluster.members[0].start()
+            await asyncio.to_thread(cluster.wait_healthy)
+            await second.process.end()
+            await second.start()
+            revision = await world.models.put(world.store, "2")
+            await world.until_applied(revision)
+            await world.until_taking(first, second, within_s=5)
