@@ -88,6 +88,7 @@ class Gateway:
         self._known: set[str] = set()
         """Prefixes that were read once."""
         self._catalog = Catalog()
+        self._rollouts = Catalog()
         self._documents: dict[ModelName, Mapping[Revision, ModelDocument]] = {}
         self._fleet = Fleet()
         self._rotation = Rotation(zone=settings.zone, on_suspect=self._suspect)
@@ -104,7 +105,8 @@ class Gateway:
         """
         vitals = self._rotation.vitals
         answering = [node for node, seen in vitals.items() if seen.answers]
-        unknown = {self._keys.models_prefix, *self._fleet_prefixes()} - self._known
+        prefixes = {self._keys.models_prefix, self._keys.rollouts_prefix, *self._fleet_prefixes()}
+        unknown = prefixes - self._known
         checks = [
             Check("draining", not self._draining, "draining" if self._draining else ""),
             Check("fleet_known", not unknown, "nothing heard from etcd so far" if unknown else ""),
@@ -145,6 +147,14 @@ class Gateway:
             self._known.add(self._keys.models_prefix)
             self._publish()
 
+    async def _follow_rollouts(self) -> None:
+        """What the coordinator says of documents in force: how much of the traffic canaries get."""
+        async for batch in self._store.watch_prefix(self._keys.rollouts_prefix):
+            # A catalog of their own: documents are folded into theirs in a thread meanwhile.
+            self._rollouts, _ = self._rollouts.apply(batch, self._keys)
+            self._known.add(self._keys.rollouts_prefix)
+            self._publish()
+
     async def _take_documents(self, news: News) -> None:
         """What another store than before does not have was deleted by nobody, as on nodes."""
         was, keys, listing = self._catalog, self._keys, news.whole
@@ -175,7 +185,7 @@ class Gateway:
             model: _still_served(documents, self._fleet, model)
             for model, documents in self._documents.items()
         }
-        self._rotation.publish(self._fleet, self._documents)
+        self._rotation.publish(self._fleet, self._documents, self._rollouts.rollouts)
         self._prober.follow()
 
     async def _sweep(self) -> None:
@@ -216,6 +226,7 @@ class Gateway:
                 asyncio.create_task(work, name=name)
                 for name, work in (
                     ("documents", self._follow_documents()),
+                    ("rollouts", self._follow_rollouts()),
                     *((prefix, self._follow_fleet(prefix)) for prefix in self._fleet_prefixes()),
                     ("sweep", self._sweep()),
                     *((("memory", self._memory.run()),) if settings.state else ()),

@@ -10,12 +10,14 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
 
 from registry.names import ModelName, NodeId, Revision
+from registry.rollouts import RolloutRecord
 from registry.spec import ModelDocument
 from router.errors import NothingServes, UnknownVersion
 from router.fleet.ejection import Ejections
@@ -31,6 +33,9 @@ log = structlog.get_logger(__name__)
 
 Documents = Mapping[ModelName, Mapping[Revision, ModelDocument]]
 """The accepted documents that are known: the newest, and those that some node still serves by."""
+
+Rollouts = Mapping[ModelName, RolloutRecord]
+"""What the coordinator says of each model's document."""
 
 _UNLUCKY = 1.0
 """Chance is the node's: see `Rotation.want`."""
@@ -65,13 +70,16 @@ class Rotation:
         self._clock = clock
         self._ejections: dict[ModelName, Ejections] = {}
         self._documents: Documents = {}
+        self._rollouts: Rollouts = {}
         self._pools: dict[tuple[str, Want], _Pool] = {}
         self._pools_until_s = float("inf")
         self.ejections_total: dict[NodeId, int] = {}
 
     # --- what is learnt -----------------------------------------------------------------------
 
-    def publish(self, fleet: Fleet, documents: Documents) -> None:
+    def publish(
+        self, fleet: Fleet, documents: Documents, rollouts: Rollouts = MappingProxyType({})
+    ) -> None:
         """Use this fleet from the next request on."""
         before, self.fleet = self.fleet, fleet
         for node, member in fleet.members.items():
@@ -91,9 +99,11 @@ class Rotation:
             for model in {*fleet.reports, *documents, *self.table.models}
             if fleet.reports.get(model) is not before.reports.get(model)
             or documents.get(model) is not self._documents.get(model)
+            or rollouts.get(model) is not self._rollouts.get(model)
             or fleet.members is not before.members
         }
         self._documents = dict(documents)  # the caller's may go on changing
+        self._rollouts = dict(rollouts)
         for model in changed:
             self._reroute(model)
         self._pools.clear()
@@ -170,7 +180,9 @@ class Rotation:
             if (member := self.fleet.members.get(node)) is not None
             and (report.gone_at is None or self.fleet.is_lost(report, member))
         )
-        self.table = self.table.with_route(fleet_route(model, reports, documents, there))
+        rollout = self._rollouts.get(model)
+        canary = None if rollout is None else rollout.canary
+        self.table = self.table.with_route(fleet_route(model, reports, documents, there, canary))
 
     # --- what a request asks ------------------------------------------------------------------
 
