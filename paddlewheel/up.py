@@ -225,6 +225,8 @@ class _Up:
         supervised = list(self._nodes)
         if settings.gateway:
             shared = [*etcd_flags, "--prefix", settings.prefix, "--drain", str(settings.drain_s)]
+            if self._etcd is not None:  # so that it goes with the etcd that it is about
+                shared += ["--state", str(self._etcd_folder / "gateway")]
             address = f"{host}:{GATEWAY_PORT if port else 0}"
             self._gateway = _Gateway(address, shared)
             supervised.append(self._gateway)
