@@ -149,10 +149,14 @@ class Gateway:
 
     async def _follow_rollouts(self) -> None:
         """What the coordinator says of documents in force: how much of the traffic canaries get."""
-        async for batch in self._store.watch_prefix(self._keys.rollouts_prefix):
+        prefix = self._keys.rollouts_prefix
+        async for news in self._memory.follow(prefix):
             # A catalog of their own: documents are folded into theirs in a thread meanwhile.
-            self._rollouts, _ = self._rollouts.apply(batch, self._keys)
-            self._known.add(self._keys.rollouts_prefix)
+            if news.whole is None:
+                self._rollouts, _ = self._rollouts.apply(news.batch, self._keys)
+            else:
+                self._rollouts, _ = self._rollouts.relist(news.whole, self._keys, prefix)
+            self._known.add(prefix)
             self._publish()
 
     async def _take_documents(self, news: News) -> None:
