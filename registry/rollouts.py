@@ -175,7 +175,7 @@ def standing(
     if record.revision < revision:
         return Standing(Stand.HOLD, record.in_force, "rollout not started")
     if record.revision > revision:
-        return Standing(Stand.HOLD, record.previous, "a newer document is on its way")
+        return Standing(Stand.HOLD, record.previous, "rollout: a newer document is on its way")
     match record.phase:
         case Phase.COMMITTED:
             return APPLY

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import click
 
 from paddlewheel.cli.connection import Connection, with_etcd
@@ -85,8 +87,15 @@ async def carry_out(
         goals[change.model] = revision
         click.echo(f"{change.model} {change.kind} (revision {revision})")
     if timeout_s is not None and not dry_run:
-        count = await wait_until_converged(connection, goals, timeout_s=timeout_s)
-        if count:
-            say(f"in force on {count} node{'s' * (count != 1)}", "green")
-        else:
-            say("no node is registered: nothing to wait for", "yellow")
+        await converge(connection, goals, timeout_s)
+
+
+async def converge(
+    connection: Connection, goals: Mapping[ModelName, Revision], timeout_s: float
+) -> None:
+    """Wait, and say how many nodes there are. Raises what `wait_until_converged` raises."""
+    count = await wait_until_converged(connection, goals, timeout_s=timeout_s)
+    if count:
+        say(f"in force on {count} node{'s' * (count != 1)}", "green")
+    else:
+        say("no node is registered: nothing to wait for", "yellow")

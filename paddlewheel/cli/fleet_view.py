@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from paddlewheel.cli.connection import Connection
-from registry.keys import Keys, ModelKey, NodeKey, QuarantineKey, StatusKey
+from registry.keys import Keys, ModelKey, NodeKey, QuarantineKey, RolloutKey, StatusKey
 from registry.names import ModelName, NodeId, Revision, Version
 from registry.records import BadRecord, Intent, ModelStatus, NodeRecord, Quarantine, Record
+from registry.rollouts import RolloutRecord
 from registry.spec import ConfigError, ModelDocument, parse_model
 from registry.store import Batch, Delete, Event, KeyValue, Put, StoreError
 
@@ -67,6 +68,7 @@ class Fleet:
     quarantines: dict[tuple[ModelName, Version], Quarantine] = field(
         default_factory=dict[tuple[ModelName, Version], Quarantine]
     )
+    rollouts: dict[ModelName, RolloutRecord] = field(default_factory=dict[ModelName, RolloutRecord])
 
     def take(self, event: Event) -> None:
         """Apply one event."""
@@ -90,6 +92,10 @@ class Fleet:
                 self.quarantines.pop((model, version), None)
                 if kv is not None and (quarantine := _read(Quarantine, kv)) is not None:
                     self.quarantines[model, version] = quarantine
+            case RolloutKey(model):
+                self.rollouts.pop(model, None)
+                if kv is not None and (rollout := _read(RolloutRecord, kv)) is not None:
+                    self.rollouts[model] = rollout
             case _:
                 pass
 
@@ -110,7 +116,10 @@ def _read(kind: type[R], kv: KeyValue) -> R | None:
 
 def _prefixes(keys: Keys) -> tuple[str, ...]:
     # Documents first: a status read after a document may be ahead of it, never behind.
-    return (keys.models_prefix, keys.nodes_prefix, keys.status_prefix(), keys.quarantines_prefix)
+    return (
+        keys.models_prefix, keys.rollouts_prefix, keys.nodes_prefix, keys.status_prefix(),
+        keys.quarantines_prefix,
+    )  # fmt: skip
 
 
 async def read_fleet(connection: Connection) -> Fleet:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from paddlewheel.cli.apply import carry_out
+from paddlewheel.cli.apply import carry_out, converge
 from paddlewheel.cli.connection import Connection, with_etcd
 from paddlewheel.cli.history import choose_rollback, read_history
 from paddlewheel.cli.options import dry_run_option, wait_options
 from paddlewheel.cli.output import say
+from paddlewheel.cli.rollouts import promote_waves
 from paddlewheel.cli.writing import Change
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
 from paddlewheel.promotion import promote_text
@@ -28,14 +29,21 @@ class NoSuchModel(PaddlewheelError):
 @wait_options
 @etcd_options
 def promote(model: str, dry_run: bool, wait: bool, timeout_s: float, etcd: EtcdOptions) -> None:
-    """Make MODEL's canary the live version.
+    """Make MODEL's canary the live version, or let the rest of its rollout follow at once.
 
-    One new write of the document with live set to the canary's version and the canary removed;
-    comments and layout stay as they are.
+    While a rollout by waves is under way, all waves that are left are released together. Otherwise
+    the canary is promoted: one new write of the document with live set to the canary's version and
+    the canary removed; comments and layout stay as they are.
     """
 
     async def work(connection: Connection) -> None:
         name = ModelName(model)
+        released = None if dry_run else await promote_waves(connection, name)
+        if released is not None:
+            click.echo(f"{model}@{released}: all waves that were left are released")
+            if wait:
+                await converge(connection, {name: released}, timeout_s)
+            return
         key = connection.keys.model(name)
         current = await connection.store.get(key)
         if current is None:

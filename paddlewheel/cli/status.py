@@ -18,6 +18,7 @@ from paddlewheel.cli.verdict import BAD, ModelView, Standing, Verdict, view
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
 from registry.names import ModelName
 from registry.records import ModelStatus
+from registry.rollouts import Phase
 
 _HEADINGS = ["MODEL", "REVISION", "WANTED", "NODE", "SERVES", "STANDBY", "STANDING", "DETAIL"]
 
@@ -36,6 +37,7 @@ def status(model: str | None, watch: bool, etcd: EtcdOptions, output: OutputForm
     loading    accepted, being made ready
     refused    not accepted; the document before stays in force
     failed     accepted, but a version could not be made ready
+    held       ready, in force as soon as the rollout says so
     deviates   in force, but something else serves: a version is quarantined
     """
     only = None if model is None else ModelName(model)
@@ -111,11 +113,28 @@ def notes(views: list[ModelView]) -> list[Text]:
     for seen in views:
         if seen.problem is not None:
             lines.append(cell(f"{seen.model}: document refused: {seen.problem}", "red"))
+        lines += _rollout_notes(seen)
         lines += [
             cell(f"{seen.model}: {entry['version']} is quarantined: {entry['reason']}", "yellow")
             for entry in seen.quarantine
         ]
     return lines
+
+
+def _rollout_notes(seen: ModelView) -> list[Text]:
+    """An unfinished rollout, or one that left the document out of force."""
+    record = seen.decided
+    if record is None or record.phase is Phase.COMMITTED:
+        if record is None and seen.is_gated and seen.revision is not None:
+            return [cell(f"{seen.model}: the rollout of {seen.revision} has not begun", "yellow")]
+        return []
+    if record.phase is Phase.ABORTED:
+        return [cell(f"{seen.model}: the rollout was aborted: {record.reason}", "red")]
+    wave = "" if record.wave is None else f", wave {record.wave + 1}"
+    baking = ", baking" if record.is_baking else ""
+    paused = ", paused" if record.paused else ""
+    said = f"{seen.model}: {record.strategy} rollout {record.phase}{wave}{baking}{paused}"
+    return [cell(said, "yellow")]
 
 
 def _rows(seen: ModelView) -> list[list[Text]]:

@@ -13,6 +13,7 @@ from typing import Any
 from paddlewheel.cli.fleet_view import Fleet
 from registry.names import ModelName, NodeId, Revision, Version
 from registry.records import Intent, ModelStatus, NodeRecord, ServableStatus
+from registry.rollouts import RolloutRecord, is_gated
 
 
 class Standing(StrEnum):
@@ -23,6 +24,8 @@ class Standing(StrEnum):
     UNSEEN = "unseen"
     """The node has not said a word about it yet."""
     LOADING = "loading"
+    HELD = "held"
+    """Ready, and not in force before the fleet's rollout says so."""
     REFUSED = "refused"
     """Does not parse, does not validate or is not allowed there: the one before stays in force."""
     FAILED = "failed"
@@ -66,6 +69,8 @@ def judge(status: ModelStatus | None, revision: Revision, intent: Intent) -> Ver
     if lost is not None or (status.reason or "").startswith("quarantined"):
         why = status.reason or (_because(lost) if lost is not None else "")
         return Verdict(Standing.DEVIATES, f"{_serves(status)}: {why}")
+    if (status.prepared_revision or 0) >= revision and not applied:
+        return Verdict(Standing.HELD, status.reason or "ready")
     return Verdict(Standing.LOADING, _progress(status.servables, wanted) or _serves(status))
 
 
@@ -124,6 +129,16 @@ class ModelView:
     verdicts: Mapping[NodeId, Verdict]
     """Of the nodes that must have it: registered, not draining, with the labels it asks for."""
     quarantine: tuple[dict[str, Any], ...]
+    rollout: RolloutRecord | None = None
+    """The coordinator's word on a document; perhaps not yet on this one."""
+    is_gated: bool = False
+    """Whether the document waits for that word."""
+
+    @property
+    def decided(self) -> RolloutRecord | None:
+        """The record of this very document."""
+        record = self.rollout
+        return record if record is not None and record.revision == self.revision else None
 
     @property
     def converged(self) -> bool:
@@ -135,7 +150,7 @@ class ModelView:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """SPEC section 7, with ``verdicts`` and ``error`` added."""
+        """SPEC section 7, with ``verdicts``, ``error`` and ``rollout`` added."""
         return {
             "model": self.model,
             "document_revision": self.revision,
@@ -147,6 +162,7 @@ class ModelView:
                 for node, verdict in self.verdicts.items()
             },
             "quarantine": list(self.quarantine),
+            "rollout": None if self.rollout is None else self.rollout.to_dict(),
             "converged": self.converged,
         }
 
@@ -178,6 +194,10 @@ def view(fleet: Fleet, model: ModelName, revision: Revision | None = None) -> Mo
         statuses=statuses,
         verdicts=verdicts,
         quarantine=quarantine,
+        rollout=fleet.rollouts.get(model),
+        is_gated=(
+            document is not None and document.parsed is not None and is_gated(document.parsed)
+        ),
     )
 
 

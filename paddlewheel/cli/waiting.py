@@ -18,6 +18,7 @@ from paddlewheel.cli.output import console, say, visible
 from paddlewheel.cli.verdict import BAD, ModelView, Standing, view
 from registry.errors import PaddlewheelError
 from registry.names import ModelName, NodeId, Revision
+from registry.rollouts import Phase, RolloutRecord
 
 SETTLE_S = 0.5
 """How long a bad standing must last to be believed: a node says that it has seen a document before
@@ -113,11 +114,26 @@ def _reached(fleet: Fleet, goal: _Goal, reporter: Reporter, now_s: float) -> boo
             f"{goal.model}: revision {seen.revision} came before {goal.revision} was everywhere"
         )
     reporter.show(seen)
-    bad = [f"{node}: {v.detail}" for node, v in seen.verdicts.items() if v.standing in BAD]
+    # The documents' watch may lag behind our own write: then it is too early to judge.
+    is_current = seen.revision == goal.revision
+    left_behind: frozenset[NodeId] = frozenset()
+    if is_current and seen.is_gated:
+        record = seen.decided
+        if record is None or not record.has_ended:
+            goal.bad_since_s = None
+            return False  # the coordinator judges what stands in its way
+        if record.phase is Phase.ABORTED:
+            raise NotConverged(_aborted(record))
+        left_behind = frozenset(refusal.node for refusal in record.refused)
+    asked = {node: v for node, v in seen.verdicts.items() if node not in left_behind}
+    bad = [f"{node}: {v.detail}" for node, v in asked.items() if v.standing in BAD]
     if not bad:
         goal.bad_since_s = None
-        # The documents' watch may lag behind our own write: then it is too early to judge.
-        return seen.revision == goal.revision and seen.converged
+        return (
+            is_current
+            and bool(asked)
+            and all(verdict.standing is Standing.CONVERGED for verdict in asked.values())
+        )
     if goal.bad_since_s is None:
         goal.bad_since_s = now_s
     if now_s - goal.bad_since_s >= SETTLE_S:
@@ -125,13 +141,36 @@ def _reached(fleet: Fleet, goal: _Goal, reporter: Reporter, now_s: float) -> boo
     return False
 
 
+def _aborted(record: RolloutRecord) -> str:
+    said = f"{record.model}: rollout aborted: {record.reason}"
+    others = [
+        f"{each.node}: {each.reason}"
+        for each in record.refused
+        if each.reason not in (record.reason or "")
+    ]
+    return "; ".join([said, *others])
+
+
 def _missing(fleet: Fleet, goals: Mapping[ModelName, _Goal], timeout_s: float) -> str:
     missing: list[str] = []
     for goal in goals.values():
-        verdicts = view(fleet, goal.model, goal.revision).verdicts
+        seen = view(fleet, goal.model, goal.revision)
+        verdicts = seen.verdicts
+        if seen.is_gated and not (seen.decided is not None and seen.decided.has_ended):
+            missing.append(f"{goal.model}@{goal.revision}: {_undecided(seen)}")
+            continue
         late = [f"{n} {v}" for n, v in verdicts.items() if v.standing is not Standing.CONVERGED]
         missing.append(f"{goal.model}@{goal.revision}: {', '.join(late) or 'no node has it'}")
     return f"not converged after {timeout_s:g} s: {'; '.join(missing)}"
+
+
+def _undecided(seen: ModelView) -> str:
+    record = seen.decided
+    if record is None:
+        return "its rollout was not begun: no coordinator among the nodes"
+    late = [f"{n} {v}" for n, v in seen.verdicts.items() if v.standing is not Standing.CONVERGED]
+    paused = " (paused)" if record.paused else ""
+    return f"the rollout is {record.phase}{paused}: {', '.join(late) or 'no node takes it'}"
 
 
 def _reporter() -> Reporter:
