@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -151,6 +152,7 @@ class Leadership:
 
     async def resign(self) -> None:
         """Let go at once, for the next leader's sake. For `leadership` alone."""
+        self._expires_s = -math.inf
         await _revoke(self._store, self._key, self._lease)
 
 
