@@ -64,7 +64,7 @@ class App:
         self._admin = Admin(node, lambda: self.serving, drills)
         self._remote = Remote()
         self.pipelines = PipelineEndpoint(
-            lambda: self._infer.published, PipelineMetrics(self.metrics), self._remote
+            self._infer, PipelineMetrics(self.metrics), self._remote
         )
         self.limits = ConnectionLimits()
         self._servers: list[HttpServer] = []

@@ -12,7 +12,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from registry.errors import PaddlewheelError
-from registry.inference import InferenceError, Predictor, Signature
+from registry.inference import Array, InferenceError, Predictor, Signature
 from registry.names import ServableId
 from router import http_errors
 from router.access.guard import Admission, Guarding
@@ -145,9 +145,9 @@ class InferEndpoint:
             for wanted_s in (exchange.timeout_s, parse_timeout_s(headers.get(TIMEOUT_HEADER))):
                 if wanted_s is not None:
                     timeout_s = min(timeout_s, wanted_s)
-            served = await self._run(serving, choice, target, exchange, began_s + timeout_s)
-            if served.reruns:
-                self._metrics.rerun(model)
+            served = await self.run(
+                serving, choice, target, exchange.feeds, deadline_s=began_s + timeout_s
+            )
             if served.choice != choice:  # also where the first choice had no worker at all
                 target = published.target(served.choice)
             response = await self._answer(request, request_id, exchange, served, target)
@@ -164,18 +164,20 @@ class InferEndpoint:
             response.headers.update(admission.headers)
         return response
 
-    async def _run(
+    async def run(
         self,
         serving: Serving,
         choice: Choice,
         target: Target,
-        exchange: Exchange,
+        feeds: Mapping[str, Array],
+        *,
         deadline_s: float,
     ) -> Served:
+        """One inference on a choice, told to whom it concerns: a request's own, or a step's."""
         in_flight = target.series.in_flight
         in_flight.inc()
         try:
-            served = await dispatch(serving, choice, exchange.feeds, deadline_s=deadline_s)
+            served = await dispatch(serving, choice, feeds, deadline_s=deadline_s)
         except InferenceError as exc:
             if target.watch is not None:
                 target.watch.refused(choice, exc)
@@ -184,9 +186,17 @@ class InferEndpoint:
             in_flight.dec()
         if target.watch is not None:
             as_chosen = not served.reruns and served.choice.servable == choice.servable
-            target.watch.answered(choice, served.inference, exchange.feeds, as_chosen=as_chosen)
+            target.watch.answered(choice, served.inference, feeds, as_chosen=as_chosen)
+        if served.reruns:
+            self._metrics.rerun(choice.servable.model)
         target.series.queue.observe(served.inference.queue_s)
         return served
+
+    def count(self, target: Target, status: int, took_s: float) -> None:
+        """One inference on ``target`` ended."""
+        target.series.count(http_errors.outcome_of(status))
+        if status < 400:
+            target.series.duration.observe(took_s)
 
     async def _answer(
         self,

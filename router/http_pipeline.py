@@ -17,11 +17,12 @@ from registry.errors import PaddlewheelError
 from registry.inference import Array, Signature
 from registry.names import ModelName, Version
 from router import http_errors
+from router.access.guard import Admission
+from router.access.resources import Area, Resource
 from router.deadline import TIMEOUT_HEADER, parse_timeout_s
-from router.dispatch import dispatch
 from router.http_body import pack, read_body, wanted_packing
 from router.http_errors import CLIENT_CLOSED, JSON, PROBLEM
-from router.http_infer import Published
+from router.http_infer import InferEndpoint, Published
 from router.http_reply import SERVER, Reply, json_reply
 from router.pipeline import engine
 from router.pipeline.binding import Binder, Bound
@@ -58,11 +59,12 @@ class PipelineEndpoint:
 
     def __init__(
         self,
-        published: Callable[[], Published],
+        inferences: InferEndpoint,
         metrics: PipelineMetrics,
         remote: Remote,
     ) -> None:
-        self._published = published
+        """inferences: the endpoint of single models: its table, its guard, its way to run one."""
+        self._inferences = inferences
         self._metrics = metrics
         self._remote = remote
         self._transforms: Transforms | None = None
@@ -81,7 +83,7 @@ class PipelineEndpoint:
 
     def has(self, name: str) -> bool:
         """Whether ``name`` is a pipeline, and no model."""
-        return name in self._entries and name not in self._published().serving.table.models
+        return name in self._entries and name not in self._inferences.published.serving.table.models
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -108,23 +110,33 @@ class PipelineEndpoint:
         began_s = loop.time()
         known: str | None = None
         headers: dict[str, str] = {"Server": SERVER}
-        status = CLIENT_CLOSED
+        guard = self._inferences.guard
+        admission: Admission | None = None
         try:
+            if guard is not None:  # a permission for the pipeline is one for its steps
+                admission = await guard.admit(request, Resource(Area.MODEL, name))
             binder = self._binder(name, version)
             known = name
-            limits = binder.plan.limits
-            body = await read_body(request, limits.max_body_mb * 1_000_000)
+            limit_bytes = binder.plan.limits.max_body_mb * 1_000_000
+            body = await read_body(
+                request,
+                limit_bytes if guard is None else guard.body_limit(limit_bytes),
+                timeout_s=None if guard is None else guard.body_timeout_s,
+            )
 
             began_s = loop.time()
             # From here on the request knows these documents, this table and these versions.
             # Nothing waits until they are held: a drain can't pass in between.
             binder = self._binder(name, version)
-            published = self._published()
+            published = self._inferences.published
             headers |= {
                 "X-Pipeline-Name": name,
                 "X-Config-Revision": str(binder.plan.revision),
             }
-            bound = binder.bind(published.serving, request.headers, chance=random.random())
+            claims = None if admission is None else admission.caller.claims
+            bound = binder.bind(
+                published.serving, request.headers, claims=claims, chance=random.random()
+            )
             exchange = parse(body, request.headers, bound.wiring.signature)
             del body
             timeout_s = binder.plan.limits.timeout_s
@@ -140,7 +152,7 @@ class PipelineEndpoint:
                 )
             response = await _respond(request, bound, exchange, ran, headers)
         except asyncio.CancelledError:
-            self._metrics.count(known, status, None)
+            self._metrics.count(known, CLIENT_CLOSED, None)
             raise
         except PaddlewheelError as exc:
             response = _refuse(request, exc, headers)
@@ -148,6 +160,8 @@ class PipelineEndpoint:
             log.exception("request_crashed", pipeline=name, request_id=request_id)
             response = _refuse(request, exc, headers)
         response.headers["X-Request-Id"] = request_id
+        if admission is not None:
+            response.headers.update(admission.headers)
         self._metrics.count(known, response.status, loop.time() - began_s)
         return response
 
@@ -196,24 +210,19 @@ class PipelineEndpoint:
         began_s = loop.time()
         choice = bound.choices[planned.name]
         target = published.target(choice)
-        first = target.series
-        first.in_flight.inc()
         status = CLIENT_CLOSED
         try:
-            served = await dispatch(bound.serving, choice, feeds, deadline_s=until_s)
+            served = await self._inferences.run(
+                bound.serving, choice, target, feeds, deadline_s=until_s
+            )
             status = 200
-            if served.reruns:
-                self._metrics.rerun(choice.servable.model)
             if served.choice != choice:
                 target = published.target(served.choice)
         except PaddlewheelError as exc:
             status = http_errors.status_of(exc)
             raise
         finally:
-            first.in_flight.dec()
-            target.series.count(http_errors.outcome_of(status))
-        target.series.queue.observe(served.inference.queue_s)
-        target.series.duration.observe(loop.time() - began_s)
+            self._inferences.count(target, status, loop.time() - began_s)
         return StepAnswer(served.inference.outputs, served.choice.servable.version)
 
     def _entry(self, name: str) -> _Entry:
@@ -273,7 +282,7 @@ class PipelineEndpoint:
     def metadata(self, name: str, version: str | None) -> Reply:
         """``GET /v2/models/<pipeline>``. Raises `PipelineBroken`, `UnknownPipeline`."""
         binder = self._binder(name, version)
-        bound = binder.by_default(self._published().serving)
+        bound = binder.by_default(self._inferences.published.serving)
         revision = str(binder.plan.revision)
         shown = open_inference.metadata(name, [revision], bound.wiring.signature, PLATFORM)
         return json_reply(shown, X_Config_Revision=revision)
@@ -290,7 +299,7 @@ class PipelineEndpoint:
 
     def trouble(self, name: str) -> str | None:
         """Why a request of this pipeline would fail now; ``None``: it would not."""
-        if name in self._published().serving.table.models:
+        if name in self._inferences.published.serving.table.models:
             return "a model has this name"
         return self._by_default(self._entry(name))[1]
 
@@ -298,7 +307,7 @@ class PipelineEndpoint:
         if entry.binder is None:
             return None, "no document of it was accepted"
         try:
-            return entry.binder.by_default(self._published().serving), None
+            return entry.binder.by_default(self._inferences.published.serving), None
         except PipelineBroken as exc:
             return None, exc.why
 

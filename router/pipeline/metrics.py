@@ -51,6 +51,3 @@ class PipelineMetrics:
 
     def step_failed(self, pipeline: str, step: str, status: int) -> None:
         self._failures.labels(pipeline, step, outcome_of(status)).inc()
-
-    def rerun(self, model: str) -> None:
-        self._base.rerun(model)
