@@ -262,7 +262,7 @@ class App:
             case ("v2",):
                 return inspect.server_metadata()
             case ("v1", "pipelines"):
-                return self.pipelines.list()
+                return self.pipelines.list(seen)
             case ("v1", "pipelines", name):
                 return self.pipelines.show(name)
             case ("v2", "models", name, *rest) if self.pipelines.has(name):

@@ -245,9 +245,9 @@ class PipelineEndpoint:
 
     # --- what is read by GET --------------------------------------------------------------------
 
-    def list(self) -> Reply:
-        """``GET /v1/pipelines``."""
-        return json_reply({"pipelines": sorted(self._entries)})
+    def list(self, seen: Callable[[str], bool]) -> Reply:
+        """``GET /v1/pipelines``. seen: whether the asker may know of one."""
+        return json_reply({"pipelines": sorted(filter(seen, self._entries))})
 
     def show(self, name: str) -> Reply:
         """``GET /v1/pipelines/<name>``: its documents, its steps, and what they would run on."""
