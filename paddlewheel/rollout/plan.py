@@ -259,7 +259,7 @@ def _why_late(world: World, node: NodeSeen) -> str:
 def _wave(world: World, record: RolloutRecord, roll: _Roll) -> RolloutRecord | None:
     if record.phase is Phase.PREPARING:
         return _release(world, record, roll, 0)
-    if _promoted(world):
+    if _promoted(world) and record.wave != _last(world):
         return _release(world, record, roll, _last(world))
     if not _serves(record, roll):
         return None
@@ -282,7 +282,7 @@ def _release(world: World, record: RolloutRecord, roll: _Roll, wave: int) -> Rol
     """Let the next wave that adds anybody have it, once all of them are ready; when no wave does,
     and the nodes released serve it, it is committed."""
     if _promoted(world):
-        wave = _last(world)
+        wave = max(wave, _last(world))
     for at in range(wave, _last(world) + 1):
         joining = _joining(world, record, roll, at)
         if joining and not roll.all_are(joining, READY):
