@@ -63,9 +63,7 @@ class App:
         self._inspect = Inspection(node, lambda: self.serving, product_version)
         self._admin = Admin(node, lambda: self.serving, drills)
         self._remote = Remote()
-        self.pipelines = PipelineEndpoint(
-            self._infer, PipelineMetrics(self.metrics), self._remote
-        )
+        self.pipelines = PipelineEndpoint(self._infer, PipelineMetrics(self.metrics), self._remote)
         self.limits = ConnectionLimits()
         self._servers: list[HttpServer] = []
         self._has_admin_address = False
@@ -82,6 +80,7 @@ class App:
     def publish(self, serving: Serving) -> None:
         """Serve from ``serving`` from the next request on; those under way keep what they read."""
         self._infer.published = Published(serving, self.metrics)
+        self._infer.floors.table_changed()
 
     def publish_pipelines(self, pipelines: Pipelines, transforms: Transforms) -> None:
         """Answer for these pipelines from the next request on."""

@@ -178,6 +178,7 @@ class GatewayApp:
                     ),
                     body,
                     request.method == "HEAD",
+                    path.is_inference and version is None and path.label is None,
                 )
                 answer = await self._proxy.run(forward, deadline_s=deadline_s)
             except PaddlewheelError as exc:
@@ -351,6 +352,7 @@ class GatewayApp:
             found = self._rotation.default_candidates(ModelName(model))
             route["nodes"] = list(found.nodes)
             route["panic"] = found.is_panic
+            route["floor"] = found.floor
         return cast("Mapping[str, Any]", table)
 
     def _explain(self, target: Target) -> Reply:

@@ -36,6 +36,7 @@ from router.errors import (
     UnknownVersion,
     UnsupportedEncoding,
 )
+from router.floor import REVISION_HEADER, Behind
 from router.pipeline.errors import PipelineBroken, StepFailed
 
 STATUS: Mapping[type[PaddlewheelError], int] = {
@@ -101,6 +102,8 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
     if status in (429, 503):
         retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    if isinstance(error, Behind):
+        headers[REVISION_HEADER] = str(error.revision)
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allow)
     if isinstance(error, AccessError):

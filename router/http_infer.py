@@ -20,6 +20,7 @@ from router.access.resources import Area, Resource
 from router.canary_watch import CanaryWatch
 from router.deadline import TIMEOUT_HEADER, parse_timeout_s
 from router.dispatch import Served, dispatch
+from router.floor import FLOOR_HEADER, FloorGate, parse_floor
 from router.http_body import pack, read_body, wanted_packing
 from router.http_errors import CLIENT_CLOSED, JSON, PROBLEM
 from router.http_reply import SERVER
@@ -85,6 +86,7 @@ class InferEndpoint:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.published = Published(Serving(), metrics)
+        self.floors = FloorGate(lambda: self.published.serving.table)
         self.guard: Guarding | None = None
         """``None``: everybody may use everything."""
 
@@ -127,6 +129,12 @@ class InferEndpoint:
 
             # The clock starts with the whole request: how long its upload took is the client's.
             began_s = loop.time()
+            floor = headers.get(FLOOR_HEADER)
+            if floor is not None and version is None and label is None:
+                wait_s = parse_timeout_s(headers.get(TIMEOUT_HEADER)) or limits.timeout_s
+                await self.floors.reach(
+                    model, parse_floor(floor), within_s=min(wait_s, limits.timeout_s)
+                )
             # From here on the request knows this one table, and nothing waits until its
             # inference is in the servable's hands: a drain cannot pass in between.
             published = self.published

@@ -15,12 +15,14 @@ from aiohttp import StreamReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from registry.inference import DeadlineExceeded, Overloaded
-from registry.names import ModelName, NodeId
+from registry.names import ModelName, NodeId, Revision
 from router.deadline import TIMEOUT_HEADER, show_timeout_ms
 from router.errors import BadRequest, BodyTooLarge, NothingServes, SlowUpload
 from router.fleet.selection import Want
+from router.floor import FLOOR_HEADER, REVISION_HEADER
 from router.http_body import UPLOAD_TIMEOUT_S
 from router.rotation import Rotation
+from router.table import NO_REVISION
 from router.upstream import AnswerBroken, Exchange, Upstream, UpstreamFailed
 
 log = structlog.get_logger(__name__)
@@ -44,7 +46,7 @@ HOP_BY_HOP = frozenset(
     )
 )  # fmt: skip
 """Headers about one connection, and those that we say ourselves."""
-_OURS = frozenset((TIMEOUT_HEADER.lower().encode(), b"x-request-id"))
+_OURS = frozenset((TIMEOUT_HEADER.lower().encode(), FLOOR_HEADER.lower().encode(), b"x-request-id"))
 
 
 class StreamedBody:
@@ -159,8 +161,10 @@ def request_head(
     return b"\r\n".join(lines)
 
 
-def with_deadline(head: bytes, left_s: float) -> bytes:
-    return head + f"{TIMEOUT_HEADER}: {show_timeout_ms(left_s)}\r\n\r\n".encode()
+def with_deadline(head: bytes, left_s: float, floor: Revision = NO_REVISION) -> bytes:
+    """Return the whole head. floor: the oldest document to be answered from; 0: any."""
+    shown = f"{FLOOR_HEADER}: {floor}\r\n" if floor else ""
+    return head + f"{shown}{TIMEOUT_HEADER}: {show_timeout_ms(left_s)}\r\n\r\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,8 @@ class Forward:
     head: bytes
     body: Body
     is_head: bool = False
+    has_floor: bool = False
+    """Whether the model's floor applies: an inference that pins no version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +232,8 @@ class Proxy:
                 return answer
             first, why = answer, str(answer.exchange.status)
         again = rotation.pick(model, forward.want, upstream.id)
+        if again is None and rotation.is_behind(model, upstream.id):
+            again = upstream  # nobody has what was asked for: it may answer as it is
         body = forward.body
         if again is None or (isinstance(body, StreamedBody) and body.began):
             return _give_up(first, model)
@@ -248,10 +256,15 @@ class Proxy:
         until_s = deadline_s + GRACE_S
         if isinstance(body, StreamedBody):
             until_s += body.timeout_s
+        floor = self._rotation.floor(model, forward.want) if forward.has_floor else NO_REVISION
         upstream.in_flight += 1
         keeps_place = False
         try:
-            exchange = await self._send(upstream, forward, deadline_s, until_s)
+            exchange = await self._send(upstream, forward, deadline_s, until_s, floor)
+            if forward.has_floor:
+                # Before a byte of it goes on: who has seen this answer gets no older one.
+                revision = exchange.message.headers.get(REVISION_HEADER, "")
+                self._rotation.answered_from(model, upstream.id, revision, floor=floor)
             try:
                 answer = Answer(upstream, exchange, await _whole(exchange, forward, until_s))
             except BaseException:
@@ -280,7 +293,12 @@ class Proxy:
         return answer
 
     async def _send(
-        self, upstream: Upstream, forward: Forward, deadline_s: float, until_s: float
+        self,
+        upstream: Upstream,
+        forward: Forward,
+        deadline_s: float,
+        until_s: float,
+        floor: Revision,
     ) -> Exchange:
         """Send it; a second time over a fresh connection where an idle one had been closed.
 
@@ -296,7 +314,7 @@ class Proxy:
                 )
             try:
                 return await upstream.send(
-                    with_deadline(forward.head, left_s),
+                    with_deadline(forward.head, left_s, floor),
                     forward.body,
                     deadline_s=until_s,
                     is_head=forward.is_head,

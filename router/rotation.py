@@ -21,12 +21,13 @@ from registry.rollouts import RolloutRecord
 from registry.spec import ModelDocument
 from router.errors import NothingServes, UnknownVersion
 from router.fleet.ejection import Ejections
+from router.fleet.floor import floor_of, raises_floor
 from router.fleet.members import Fleet
 from router.fleet.probes import UNKNOWN, Vitals
 from router.fleet.routes import fleet_route
 from router.fleet.selection import ANY, Candidates, Want, candidates, choose, want_of
 from router.rules import Headers
-from router.table import RequestFacts, Route, RouteTable
+from router.table import NO_REVISION, PINNED, RequestFacts, Route, RouteTable
 from router.upstream import Upstream
 
 log = structlog.get_logger(__name__)
@@ -71,6 +72,12 @@ class Rotation:
         self._ejections: dict[ModelName, Ejections] = {}
         self._documents: Documents = {}
         self._rollouts: Rollouts = {}
+        self._floors: dict[ModelName, Revision] = {}
+        """The oldest document that may still answer a request that pins no version."""
+        self._behind: dict[ModelName, set[NodeId]] = {}
+        """Nodes found to be under their model's floor, until they say something new."""
+        self._seen: dict[ModelName, str] = {}
+        """The revision of the last answer, as it was written."""
         self._pools: dict[tuple[str, Want], _Pool] = {}
         self._pools_until_s = float("inf")
         self.ejections_total: dict[NodeId, int] = {}
@@ -105,7 +112,9 @@ class Rotation:
         self._documents = dict(documents)  # the caller's may go on changing
         self._rollouts = dict(rollouts)
         for model in changed:
+            self._behind.pop(model, None)
             self._reroute(model)
+            self._raise_floor(model, floor_of(rollouts.get(model)))
         self._pools.clear()
 
     def observe(self, node: NodeId, vitals: Vitals) -> None:
@@ -146,6 +155,39 @@ class Rotation:
             self.ejections_total[node] = self.ejections_total.get(node, 0) + 1
             self._pools.clear()
 
+    def answered_from(
+        self, model: ModelName, node: NodeId, revision: str, *, floor: Revision
+    ) -> bool:
+        """An answer's head is here; return whether it is from under the ``floor`` asked for.
+
+        revision: its ``X-Config-Revision``.
+        """
+        if self._seen.get(model) == revision:
+            return False
+        if not (revision.isascii() and revision.isdigit() and len(revision) < _DIGITS_MAX):
+            return False
+        number = Revision(int(revision))
+        if number < floor:
+            self._behind.setdefault(model, set()).add(node)
+            self._pools.clear()
+            return True
+        if raises_floor(self._documents.get(model, {}), number):
+            self._raise_floor(model, number)
+        if number >= self._floors.get(model, number):
+            self._seen[model] = revision
+        return False
+
+    def is_behind(self, model: ModelName, node: NodeId) -> bool:
+        """Whether the node was found to be under the model's floor."""
+        return node in self._behind.get(model, ())
+
+    def _raise_floor(self, model: ModelName, revision: Revision) -> None:
+        if model in self.table.models and revision > self._floors.get(model, NO_REVISION):
+            self._floors[model] = revision
+            self._seen.pop(model, None)
+            self._behind.pop(model, None)
+            self._pools.clear()
+
     def _meet(self, node: NodeId, http: str) -> None:
         """A node that is new, or a new process under its name: nothing of before counts."""
         old = self.upstreams.pop(node, None)
@@ -172,6 +214,8 @@ class Rotation:
         if documents is None:
             self.table = self.table.without(model)
             self._ejections.pop(model, None)
+            self._floors.pop(model, None)
+            self._seen.pop(model, None)
             return
         reports = self.fleet.reports.get(model, {})
         there = frozenset(
@@ -209,6 +253,12 @@ class Rotation:
     def candidates(self, model: ModelName, want: Want) -> Candidates:
         """The nodes that may answer such a request now."""
         return self._pool(model, want).candidates
+
+    def floor(self, model: ModelName, want: Want) -> Revision:
+        """The oldest document that such a request may be answered from now; 0: any."""
+        if model not in self._floors:
+            return NO_REVISION
+        return self._pool(model, want).candidates.floor
 
     def default_candidates(self, model: ModelName) -> Candidates:
         """Those for a request that no rule takes."""
@@ -253,7 +303,16 @@ class Rotation:
         if ejections is not None:
             out = ejections.ejected(self._clock())
             self._pools_until_s = min(self._pools_until_s, ejections.next_end_s)
-        found = candidates(self.fleet, model, want, self.vitals, out, self._zone)
+        found = candidates(
+            self.fleet,
+            model,
+            want,
+            self.vitals,
+            out,
+            self._zone,
+            floor=NO_REVISION if want.kind == PINNED else self._floors.get(model, NO_REVISION),
+            behind=self._behind.get(model, frozenset()),
+        )
         return _Pool(
             found,
             tuple(self.upstreams[node] for node in found.near if node in self.upstreams),
@@ -294,5 +353,6 @@ class Rotation:
             upstream.close()
 
 
+_DIGITS_MAX = 20
 _POOLS_MAX = 4096
 """(model, want) pairs remembered: a pinned version comes from the client."""

@@ -11,10 +11,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from registry.names import ModelName, NodeId, Version
+from registry.names import ModelName, NodeId, Revision, Version
 from router.fleet.members import Fleet, Member, Report
 from router.fleet.probes import UNKNOWN, Vitals
-from router.table import CANARY, PINNED, Choice
+from router.table import CANARY, NO_REVISION, PINNED, Choice
 
 PANIC_SHARE = 0.5
 """Under this share of the nodes that answer their probes, all of those are used again."""
@@ -46,7 +46,9 @@ class Candidates:
     near: tuple[NodeId, ...] = ()
     far: tuple[NodeId, ...] = ()
     is_panic: bool = False
-    """Whether nodes without a lease, or ejected ones, are among them."""
+    """Whether nodes without a lease, ejected ones, or ones under the floor are among them."""
+    floor: Revision = NO_REVISION
+    """The oldest document that they may answer from; 0: any."""
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -62,6 +64,12 @@ class _Host(NamedTuple):
     is_good: bool
     is_lost: bool
 
+    def reaches(self, floor: Revision, behind: AbstractSet[NodeId]) -> bool:
+        """Whether it has the document in force, or waits with it for the word."""
+        status = self.report.status
+        known = max(status.applied_revision or 0, status.prepared_revision or 0)
+        return known >= floor and self.node not in behind
+
 
 def candidates(
     fleet: Fleet,
@@ -70,6 +78,9 @@ def candidates(
     vitals: Mapping[NodeId, Vitals],
     ejected: AbstractSet[NodeId],
     zone: Mapping[str, str],
+    *,
+    floor: Revision = NO_REVISION,
+    behind: AbstractSet[NodeId] = frozenset(),
 ) -> Candidates:
     """The nodes for requests of ``model``; empty only when none ever said that it serves that.
 
@@ -80,6 +91,8 @@ def candidates(
     a probe everyone who does not drain: an attempt is better than a refusal.
 
     zone: labels that a node shares to be near; empty: all are.
+    floor: the oldest document to be answered from. Where no node at all has it in force or ready,
+    an answer from an older one is better than none. behind: nodes found to lack it after all.
     """
     hosts = _hosts(fleet, model, want, vitals, ejected)
     good = [host for host in hosts if host.is_good]
@@ -96,9 +109,15 @@ def candidates(
             host for host in hosts if not host.member.record.draining
         ]
         is_panic = bool(chosen)
+    if floor and chosen:
+        there = [host for host in chosen if host.reaches(floor, behind)]
+        there = there or [host for host in answering if host.reaches(floor, behind)]
+        is_panic = is_panic or not there
+        floor = floor if there else NO_REVISION
+        chosen = there or chosen
     near = tuple(h.node for h in chosen if zone.items() <= h.member.record.labels.items())
     far = tuple(h.node for h in chosen if h.node not in near)
-    return Candidates(near, far, is_panic) if near else Candidates(far, (), is_panic)
+    return Candidates(near or far, far if near else (), is_panic, floor)
 
 
 def _counts(host: _Host) -> bool:
