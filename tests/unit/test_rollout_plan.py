@@ -34,8 +34,6 @@ def node(id_: str, word: str) -> NodeSeen:
         return (entry,)
 
     match word:
-        case "gone":
-            raise ValueError("leave it out")
         case "silent":
             fields["revision"] = BEFORE
         case "refused":
@@ -60,6 +58,8 @@ def node(id_: str, word: str) -> NodeSeen:
             servables = servable("LIVE")
         case "ahead":  # it saw a broken document after ours, which it has ready
             fields |= {"revision": 11, "accepted": False, "error": "x", "prepared_revision": R}
+        case _:
+            assert word == "nothing", word
     status = ModelStatus(model=M, node=NodeId(id_), servables=servables, **fields)
     return NodeSeen(
         id=NodeId(id_),
