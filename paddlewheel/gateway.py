@@ -120,8 +120,9 @@ class Gateway:
             checks.append(Check(f"model:{model}", good > 0, detail))
         return Health(ready=ready, started=self._was_ready, live=True, checks=checks)
 
-    def _fleet_prefixes(self) -> tuple[str, str]:
-        return self._keys.nodes_prefix, self._keys.status_prefix()
+    def _fleet_prefixes(self) -> tuple[str, ...]:
+        keys = self._keys
+        return keys.nodes_prefix, keys.status_prefix(), keys.pipeline_status_prefix()
 
     def _suspect(self, node: NodeId) -> None:
         self._prober.wake(node)

@@ -24,6 +24,7 @@ from router.deadline import TIMEOUT_HEADER, parse_timeout_s
 from router.errors import BadRequest, MethodNotAllowed, NotFound
 from router.explain import explain
 from router.fleet.paths import ModelPath, model_path
+from router.fleet.pipelines import pipelines_of
 from router.gateway_metrics import GatewayMetrics
 from router.http_body import read_body
 from router.http_errors import CLIENT_CLOSED, JSON, PROBLEM
@@ -137,7 +138,7 @@ class GatewayApp:
             try:
                 if guard is not None:
                     admission = await guard.admit(request, Resource(Area.MODEL, path.model))
-                route = self._rotation.table.route(path.model)
+                route = self._rotation.route(path)
                 model = route.model
                 headers = request.headers
                 wanted_s = parse_timeout_s(headers.get(TIMEOUT_HEADER))
@@ -306,6 +307,10 @@ class GatewayApp:
             names = guard is None or (verbose and await guard.is_admin(request))
             status, body = health.ready(self._health(), verbose=verbose, names=names)
             reply = json_reply(body, status)
+        elif segments == ("v1", "pipelines"):
+            names = pipelines_of(self._rotation.fleet)
+            seen = [name for name in names if caller is None or caller.may_use(name)]
+            reply = json_reply({"pipelines": seen})
         elif segments == ("v1", "models"):
             models = self._rotation.table.models
             seen = [name for name in models if caller is None or caller.may_use(name)]

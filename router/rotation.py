@@ -23,9 +23,12 @@ from router.errors import NothingServes, UnknownVersion
 from router.fleet.ejection import Ejections
 from router.fleet.floor import floor_of, raises_floor
 from router.fleet.members import Fleet
+from router.fleet.paths import ModelPath
+from router.fleet.pipelines import pipeline_route
 from router.fleet.probes import UNKNOWN, Vitals
 from router.fleet.routes import fleet_route
 from router.fleet.selection import ANY, Candidates, Want, candidates, choose, want_of
+from router.pipeline.errors import UnknownPipeline
 from router.rules import Headers
 from router.table import NO_REVISION, PINNED, RequestFacts, Route, RouteTable
 from router.upstream import Upstream
@@ -229,6 +232,19 @@ class Rotation:
         self.table = self.table.with_route(fleet_route(model, reports, documents, there, canary))
 
     # --- what a request asks ------------------------------------------------------------------
+
+    def route(self, path: ModelPath) -> Route:
+        """Of the model or pipeline that a path names; a model comes first.
+
+        Raises `UnknownPipeline`, and as `RouteTable.route`.
+        """
+        if path.is_pipeline or path.model not in self.table.models:
+            found = pipeline_route(self.fleet, path.model)
+            if found is not None:
+                return found
+            if path.is_pipeline:
+                raise UnknownPipeline(path.model)
+        return self.table.route(path.model)
 
     def want(
         self,

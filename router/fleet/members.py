@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from registry.keys import Keys, NodeKey, StatusKey
+from registry.keys import Keys, NodeKey, PipelineStatusKey, StatusKey
 from registry.names import Digest, ModelName, NodeId, Revision, ServableId, Version
+from registry.pipeline_records import PipelineStatus
 from registry.records import BadRecord, ModelStatus, NodeRecord
 from registry.store import Batch, Delete, Put
 
@@ -47,6 +48,9 @@ class Report:
     unavailable: Mapping[Version, str]
     gone_at: Revision | None = None
     """When the key went away; ``None`` while it stands."""
+    timeout_s: float = 10.0
+    """Of a pipeline, whose document the gateway does not follow, and so is the next one."""
+    max_body_mb: int = 64
 
     @classmethod
     def of(cls, status: ModelStatus) -> Report:
@@ -68,10 +72,41 @@ class Report:
             unavailable={v: why for v, why in unavailable.items() if v not in loaded},
         )
 
+    @classmethod
+    def of_pipeline(cls, status: PipelineStatus) -> Report:
+        """A pipeline's one version is the revision of its document in force."""
+        name = as_model(status.pipeline)
+        version = Version(str(status.applied_revision or 0))
+        return cls(
+            status=ModelStatus(
+                model=name,
+                node=status.node,
+                revision=status.revision,
+                accepted=status.accepted,
+                applied_revision=status.applied_revision,
+                reason=status.reason,
+            ),
+            live=version if status.ready else None,
+            canary=None,
+            standby=None,
+            loaded={version: ServableId(name, version, Digest(""))} if status.ready else {},
+            unavailable={},
+            timeout_s=status.timeout_s,
+            max_body_mb=status.max_body_mb,
+        )
+
     @property
     def serves_default(self) -> bool:
         """Whether a request that no rule takes is answered there."""
         return self.live is not None or self.standby is not None
+
+
+PIPELINE_PREFIX = "pipeline/"
+
+
+def as_model(pipeline: str) -> ModelName:
+    """What a pipeline is to all that chooses nodes: a model, kept apart from others by a slash."""
+    return ModelName(f"{PIPELINE_PREFIX}{pipeline}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +156,9 @@ class Fleet:
                             case StatusKey(model, node):
                                 status = ModelStatus.from_json(kv.value)
                                 of(model)[node] = Report.of(status)
+                            case PipelineStatusKey(name, node):
+                                said = PipelineStatus.from_json(kv.value)
+                                of(as_model(name))[node] = Report.of_pipeline(said)
                             case _:
                                 pass
                     except BadRecord as exc:
@@ -130,6 +168,8 @@ class Fleet:
                         case NodeKey(node) if node in nodes():
                             nodes()[node] = replace(nodes()[node], gone_at=revision)
                         case StatusKey(model, node) if node in of(model):
+                            of(model)[node] = replace(of(model)[node], gone_at=revision)
+                        case PipelineStatusKey(name, node) if node in of(model := as_model(name)):
                             of(model)[node] = replace(of(model)[node], gone_at=revision)
                         case _:
                             pass

@@ -14,13 +14,20 @@ class ModelPath(NamedTuple):
     version: str | None = None
     label: str | None = None
     is_inference: bool = False
+    is_pipeline: bool = False
+    """Whether only a pipeline can be meant; the other paths may be about one too."""
 
 
 def model_path(segments: tuple[str, ...]) -> ModelPath | None:
-    """Understand ``/v1/models/...`` and ``/v2/models/...``; ``None`` for any other path.
+    """Understand ``/v1/models/...``, ``/v2/models/...`` and ``/v1/pipelines/...``.
+
+    ``None`` for any other path.
 
     Endpoints below a model are the nodes' business: what none of them knows, they answer 404.
     """
+    if segments[:2] == ("v1", "pipelines") and len(segments) > 2:
+        is_call = segments[3:] == ("predict",)
+        return ModelPath(segments[2], is_inference=is_call, is_pipeline=True)
     if len(segments) < 3 or segments[1] != "models" or segments[0] not in ("v1", "v2"):
         return None
     match segments[2:]:
