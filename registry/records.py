@@ -152,6 +152,8 @@ class NodeRecord(Record):
     """Of Paddlewheel."""
     draining: bool = False
     lease_ttl_s: float = 10
+    uid: str | None = None
+    """Of the node's folder: it survives a restart, and tells two nodes under one id apart."""
 
 
 class WorkerStatus(Record):

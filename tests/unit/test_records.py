@@ -64,6 +64,7 @@ RECORDS: dict[str, tuple[Record, dict[str, Any]]] = {
                  "cordoned": {"code": 79, "reason": "x", "at": SHOWN}},
             ],
             "labels": {"zone": "a"}, "version": "0.1.0", "draining": False, "lease_ttl_s": 10,
+            "uid": None,
         },
     ),
     "status": (
