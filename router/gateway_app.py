@@ -308,9 +308,9 @@ class GatewayApp:
             status, body = health.ready(self._health(), verbose=verbose, names=names)
             reply = json_reply(body, status)
         elif segments == ("v1", "pipelines"):
-            names = pipelines_of(self._rotation.fleet)
-            seen = [name for name in names if caller is None or caller.may_use(name)]
-            reply = json_reply({"pipelines": seen})
+            there = pipelines_of(self._rotation.fleet)
+            shown = [name for name in there if caller is None or caller.may_use(name)]
+            reply = json_reply({"pipelines": shown})
         elif segments == ("v1", "models"):
             models = self._rotation.table.models
             seen = [name for name in models if caller is None or caller.may_use(name)]

@@ -12,6 +12,7 @@ from registry.spec import Limits
 from router.fleet.members import PIPELINE_PREFIX, Fleet, Report, as_model
 from router.table import NO_REVISION, Route
 
+
 def pipelines_of(fleet: Fleet) -> Iterable[str]:
     """The names of all pipelines that some node tells of."""
     return sorted(
