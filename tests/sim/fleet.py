@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable
 from contextvars import copy_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from paddlewheel.gateway import Gateway, GatewaySettings
@@ -16,12 +18,15 @@ from registry.etcd.settings import EtcdSettings
 from registry.inference import InferenceError
 from registry.names import ModelName, NodeId, Revision, Version
 from router.dispatch import dispatch
-from router.errors import RouterError
+from router.errors import RouterError, UnknownModel
 from router.fleet.probes import UNKNOWN, Vitals
 from router.fleet.selection import ANY
+from router.floor import FLOOR_HEADER, REVISION_HEADER, Behind
+from router.proxy import Forward, Proxy
 from router.rotation import Rotation
 from router.serving import Serving
-from router.table import RequestFacts
+from router.table import NO_REVISION, RequestFacts
+from router.upstream import Upstream, UpstreamFailed
 from tests.sim.history import Answered, History, Lived, Routed
 from tests.sim.machine import FEEDS, Hardware, Nature, PlayedApp
 from tests.sim.network import Etcd, Link
@@ -30,6 +35,7 @@ from tests.sim.stage import Process, current
 ETCD = EtcdSettings(("127.0.0.1:2379",))
 TTL_S = 15
 REQUEST_S = 5.0
+_FLOOR = re.compile(FLOOR_HEADER.encode() + rb": (\d+)")
 
 
 class SimNode:
@@ -136,18 +142,74 @@ class SimNode:
                 )
             )  # fmt: skip
 
-    async def infer(self, model: ModelName) -> tuple[Revision, Version]:
-        """One request by default, as the front door runs it.
+    async def infer(
+        self, model: ModelName, floor: Revision = NO_REVISION
+    ) -> tuple[Revision, Version]:
+        """One request by default, as the front door runs it (`router.http_infer`).
 
         Raises `InferenceError`, `RouterError`.
         """
-        assert self.app is not None
-        serving = self.app.serving
+        app = self.app
+        assert app is not None
+        if floor:
+            app.serving.table.route(model)
+            await app.floors.reach(model, floor, within_s=REQUEST_S)
+        serving = app.serving
         route = serving.table.route(model)
         choice = route.pick(RequestFacts(model, chance=0.999))
         deadline_s = asyncio.get_running_loop().time() + REQUEST_S
         served = await dispatch(serving, choice, FEEDS, deadline_s=deadline_s)
         return route.revision, served.choice.servable.version
+
+
+class Reply:
+    """A node's answer, as `router.upstream.Exchange` shows it."""
+
+    is_whole = True
+
+    def __init__(self, status: int, revision: Revision | None, version: Version | None) -> None:
+        self.status = status
+        self.version = version
+        shown = {} if revision is None else {REVISION_HEADER: str(revision)}
+        self.message = SimpleNamespace(headers=shown, code=status)
+
+    async def read(self) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        pass
+
+
+class PlayedUpstream(Upstream):
+    """One node as a gateway sees it, without connections."""
+
+    def __init__(self, fleet: Fleet, node: NodeId, host: str, port: int) -> None:
+        super().__init__(node, host, port)
+        self._fleet = fleet
+
+    async def send(self, head: bytes, *_: Any, **__: Any) -> Any:
+        node = self._fleet.nodes[self.id]
+        model = ModelName(head.split(b" ", 2)[1].decode())
+        asked = _FLOOR.search(head)
+        floor = Revision(int(asked[1])) if asked else NO_REVISION
+        process = node.process
+        await asyncio.sleep(random.uniform(0.0002, 0.002))
+        try:
+            if not node.is_up:
+                raise UpstreamFailed(self.id, "refused", refused=True, stale=False)
+            reply = Reply(200, *await node.infer(model, floor))
+        except Behind as exc:
+            reply = Reply(503, exc.revision, None)
+        except UnknownModel:
+            reply = Reply(404, None, None)
+        except (InferenceError, RouterError) as exc:
+            if isinstance(exc, UpstreamFailed):
+                raise
+            reply = Reply(503, None, None)
+        await asyncio.sleep(random.uniform(0.0002, 0.002))
+        if node.process is not process:
+            raise UpstreamFailed(self.id, "reset", refused=False, stale=False)
+        return reply
 
 
 class SimGateway:
@@ -159,6 +221,8 @@ class SimGateway:
         self.starts = 0
         self.process: Process | None = None
         self.rotation: Rotation | None = None
+        self.gateway: Gateway | None = None
+        self._is_ready = False
 
     def start(self) -> None:
         if self.process is not None:
@@ -169,49 +233,46 @@ class SimGateway:
         self.fleet.history.note(Lived(self.fleet.now_s(), self.process.name, "started"))
 
     async def _run(self) -> None:
-        await Gateway(GatewaySettings(etcd=ETCD, port=0)).run()
+        self.gateway = Gateway(GatewaySettings(etcd=ETCD, port=0))
+        await self.gateway.run()
 
     def kill(self) -> None:
         if self.process is not None:
             self.fleet.history.note(Lived(self.fleet.now_s(), self.process.name, "killed"))
             process, self.process, self.rotation = self.process, None, None
+            self.gateway, self._is_ready = None, False
             process.kill()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a balancer would send it anything."""
+        if not self._is_ready and self.gateway is not None:
+            self._is_ready = self.gateway.health().ready
+        return self._is_ready
+
     async def request(self, model: ModelName) -> None:
-        """One request of a client, asked of two nodes at most."""
+        """One request of a client, through the real proxy."""
         fleet, rotation, process = self.fleet, self.rotation, self.process
-        if rotation is None or process is None or model not in rotation.table.models:
+        if rotation is None or process is None or not self.is_ready:
+            return
+        if model not in rotation.table.models:
             return
         sent_s = fleet.now_s()
-        tried: NodeId | None = None
-        revision, version, node_id = Revision(0), None, None
-        for _ in range(2):
-            upstream = rotation.pick(model, ANY, tried)
-            if upstream is None:
-                break
-            node = fleet.nodes[upstream.id]
-            tried = upstream.id
-            upstream.in_flight += 1
-            try:
-                await asyncio.sleep(random.uniform(0.0002, 0.002))
-                if node.is_up:
-                    revision, version = await node.infer(model)
-                    await asyncio.sleep(random.uniform(0.0002, 0.002))
-                    if node.is_up:
-                        node_id = node.id
-                        rotation.report(model, node.id, failed=False)
-                        break
-                rotation.report(model, node.id, failed=True)
-            except (InferenceError, RouterError):
-                pass
-            finally:
-                upstream.in_flight -= 1
+        forward = Forward(model, ANY, f"POST {model} ".encode(), b"", has_floor=True)
+        node, revision, version = None, NO_REVISION, None
+        try:
+            answer = await Proxy(rotation).run(forward, deadline_s=sent_s + REQUEST_S)
+        except (InferenceError, RouterError):
+            pass
+        else:
+            reply: Any = answer.exchange
+            if reply.status == 200:
+                node, version = answer.node, reply.version
+                revision = Revision(int(reply.message.headers[REVISION_HEADER]))
         if self.process is process:
             fleet.history.note(
-                Answered(
-                    fleet.now_s(), sent_s, process.name, model, node_id, revision, version
-                )
-            )  # fmt: skip
+                Answered(fleet.now_s(), sent_s, process.name, model, node, revision, version)
+            )
 
 
 class Fleet:
@@ -291,6 +352,9 @@ class Fleet:
         gateway = self.gateways[process.name.partition("#")[0]]
         gateway.rotation = rotation
         return PlayedApp(f"http://{gateway.name}:8600", lambda _serving: None)
+
+    def make_upstream(self, node: NodeId, host: str, port: int) -> PlayedUpstream:
+        return PlayedUpstream(self, node, host, port)
 
     def ask(self, node: str) -> Vitals | None:
         found = self.nodes.get(NodeId(node))

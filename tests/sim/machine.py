@@ -24,6 +24,7 @@ from loader.wire import Loaded, Warmed
 from loader.worker import OnDone, Outcome
 from registry.inference import Inference, Signature, TensorSpec
 from registry.names import Digest, NodeId
+from router.floor import FloorGate
 from router.serving import Serving
 
 SIGNATURE = Signature((TensorSpec("x", "float32", (-1, 2)),), (TensorSpec("y", "float32", (-1,)),))
@@ -185,6 +186,7 @@ class PlayedApp:
         self._on_publish = on_publish
         self.serving = Serving()
         self.is_listening = False
+        self.floors = FloorGate(lambda: self.serving.table)
         self.metrics = self.pipelines = Quiet()
 
     async def start(self, *_: object, **__: object) -> str:
@@ -196,6 +198,7 @@ class PlayedApp:
 
     def publish(self, serving: Serving) -> None:
         self.serving = serving
+        self.floors.table_changed()
         self._on_publish(serving)
 
 

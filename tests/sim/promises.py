@@ -11,7 +11,7 @@ import orjson
 
 from registry.keys import Keys, ModelKey, NodeKey
 from registry.names import ModelName, NodeId, Revision, Version
-from registry.records import ModelStatus, NodeRecord
+from registry.records import LastGood, ModelStatus, NodeRecord
 from registry.rollouts import Phase, RolloutRecord
 from registry.spec import ConfigError, ModelDocument, parse_model
 from registry.store import KeyValue, Put
@@ -65,9 +65,15 @@ class Record:
         self.parsed: dict[tuple[ModelName, Revision], ModelDocument] = {}
         self.rollouts: dict[ModelName, list[tuple[Written, RolloutRecord | None]]]
         self.rollouts = defaultdict(list)
+        self.good: dict[ModelName, list[tuple[float, LastGood]]] = defaultdict(list)
         for written in self.journal:
             key = written_key(written)
-            if key.startswith(KEYS.models_prefix):
+            if key.startswith(KEYS.lastgoods_prefix):
+                kv = value_of(written)
+                if kv is not None:
+                    model = ModelName(key[len(KEYS.lastgoods_prefix) :])
+                    self.good[model].append((written.at_s, LastGood.from_json(kv.value)))
+            elif key.startswith(KEYS.models_prefix):
                 self._document(written)
             elif key.startswith(ROLLOUTS):
                 model = ModelName(key[len(ROLLOUTS) :])
@@ -86,6 +92,13 @@ class Record:
             except ConfigError:
                 pass
         self.documents[key.model].append((written.revision, document, kv is not None))
+
+    def was_good(self, entry: Routed) -> bool:
+        """Whether that version, by that document, had been written down as the last good one."""
+        return any(
+            at_s <= entry.at_s and (good.version, good.revision) == (entry.live, entry.revision)
+            for at_s, good in self.good[entry.model]
+        )
 
     def is_gated(self, model: ModelName, revision: Revision) -> bool:
         document = self.parsed.get((model, revision))
@@ -218,9 +231,19 @@ def no_new_then_old(record: Record) -> Iterator[Found]:
 
 
 def only_with_the_word(record: Record) -> Iterator[Found]:
-    """A gated document is in force on a node only once its record says so for that node."""
+    """A gated document is in force on a node only once its record says so for that node.
+
+    A node that has nothing else may serve the last good version, whichever document that is of.
+    """
+    live: dict[tuple[str, ModelName], Version | None] = {}
     for entry in record.entries:
-        if not isinstance(entry, Routed) or not record.is_gated(entry.model, entry.revision):
+        if not isinstance(entry, Routed):
+            continue
+        key = (entry.process, entry.model)
+        before, live[key] = live.get(key), entry.live
+        if not record.is_gated(entry.model, entry.revision) or entry.live is None:
+            continue
+        if (before is None or before == entry.live) and record.was_good(entry):
             continue
         node = node_of(entry.process)
         if not any(

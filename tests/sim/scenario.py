@@ -264,6 +264,7 @@ def run(
             make_gateway_app=fleet.make_gateway_app,
             make_zygote=fleet.make_zygote,
             make_repository=fleet.make_repository,
+            make_upstream=fleet.make_upstream,
             ask=fleet.ask,
         )
         with stage, _watched(world), mutation(), _rare_collections():

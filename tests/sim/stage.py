@@ -28,6 +28,7 @@ import paddlewheel.history
 import paddlewheel.node
 import registry.catalog
 import registry.records
+import router.rotation
 from registry.document_tree import ConfigError
 from router.fleet.probes import UNKNOWN, Vitals, after_refusal
 from tests.sim.loop import START_S
@@ -228,6 +229,7 @@ def played(
     make_gateway_app: Callable[..., Any],
     make_zygote: Callable[..., Any],
     make_repository: Callable[..., Any],
+    make_upstream: Callable[..., Any],
     ask: Callable[[str], Vitals | None],
 ) -> Iterator[None]:
     """Everything that reaches outside, replaced until the end of the block."""
@@ -263,6 +265,7 @@ def played(
         put(gateway, "Prober", lambda rotation: PlayedProber(rotation, ask))
         put(gateway, "Rotation", functools.partial(gateway.Rotation, clock=_loop_time))
         put(gateway, "print", lambda *_, **__: None)
+        put(router.rotation, "Upstream", make_upstream)
         put(loader.readying, "Courtesy", _NoCourtesy)
         put(loader.manager, "IDLE_TURN_S", 20.0)
         put(asyncio, "run_coroutine_threadsafe", _ask_at_once)
