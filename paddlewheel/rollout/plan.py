@@ -50,6 +50,8 @@ def next_record(world: World) -> RolloutRecord | None:
     if record is None or record.revision != world.revision:
         return _begin(world) if wants_record(world.document, record) else None
     if record.phase is Phase.COMMITTED:
+        if canary_plan.is_stepping(record) and (obeyed := _pause(world, record)) is not None:
+            return obeyed
         progress = canary_plan.advance(world, record)
         return None if progress is None else _written(world, record, canary=progress)
     if record.phase is Phase.ABORTED:
@@ -65,11 +67,17 @@ def wake_s(world: World) -> float | None:
         return None
     if record.phase is Phase.COMMITTED:
         return canary_plan.wake_s(world, record)
-    if record.paused:
+    if record.paused or waits_for_nobody(world):
         return None
     left_s = [due_s - world.waited_s for due_s in (_bake_s(world, record), _patience_s(world))]
     left_s += [SETTLE_S - node.failing_s for node in concerned(world) if node.failing_s > 0]
     return min((each for each in left_s if each > 0), default=None)
+
+
+def waits_for_nobody(world: World) -> bool:
+    """Whether no node takes the model, so that no time counts: a commit would serve nobody, and
+    nobody is late."""
+    return not concerned(world)
 
 
 # --- the beginning ------------------------------------------------------------------------------
@@ -117,6 +125,13 @@ def _obey(world: World, record: RolloutRecord) -> RolloutRecord | None:
         case OrderKind.ABORT:
             by = f" by {order.by}" if order.by else ""
             return _aborted(world, record, f"aborted{by}")
+        case _:
+            return _pause(world, record)
+
+
+def _pause(world: World, record: RolloutRecord) -> RolloutRecord | None:
+    order = _order(world)
+    match None if order is None else order.order:
         case OrderKind.PAUSE if not record.paused:
             return _written(world, record, paused=True)
         case OrderKind.RESUME | OrderKind.PROMOTE if record.paused:
@@ -164,9 +179,7 @@ def _advance(world: World, record: RolloutRecord) -> RolloutRecord | None:
         return _aborted(world, record, reason)
     roll = _Roll.call(world)
     if not roll.nodes:
-        # Nobody to wait for, and nobody whom a commit could serve: the clock starts anew.
-        is_over = world.waited_s >= _patience_s(world)
-        return _written(world, record, since=world.now) if is_over else None
+        return None
     step = _failed(world, record, roll) or _forward(world, record, roll)
     if step is None and world.waited_s >= _patience_s(world):
         return _timed_out(world, record, roll)

@@ -19,7 +19,7 @@ import structlog
 from paddlewheel.history import is_passing
 from paddlewheel.promotion import NothingToPromote, promote_text
 from paddlewheel.rollout.canary_plan import promotes
-from paddlewheel.rollout.plan import next_record, wake_s, wants_record
+from paddlewheel.rollout.plan import next_record, waits_for_nobody, wake_s, wants_record
 from paddlewheel.rollout.telling import Telling, tellings
 from paddlewheel.rollout.view import DocumentSeen, View
 from paddlewheel.rollout.world import World
@@ -82,6 +82,8 @@ class Term:
         """Models whose record a write with a lost answer may have changed."""
         self._unpromotable: set[tuple[ModelName, Revision]] = set()
         """Documents that could not be rewritten; said once."""
+        self._deserted: set[ModelName] = set()
+        """Models that no node took when last looked at: no time counted since."""
         self._failures: dict[ModelName, int] = {}
         self._touched: set[ModelName] = set()
         self._due_s: dict[ModelName, float] = {}
@@ -283,6 +285,12 @@ class Term:
             world = self._view.world(model, now=self._now(), coordinator=self._node)
             if world is None:
                 return
+            if waits_for_nobody(world):
+                self._deserted.add(model)
+            elif model in self._deserted:
+                self._deserted.discard(model)
+                self._view.wait_anew(model)
+                continue
             record = next_record(world)
             if record is None:
                 await self._promote(model, seen, world)

@@ -186,6 +186,12 @@ class View:
         if known is None or known.what != what:
             self._failing[model, node] = Since(what, self.clock_s())
 
+    def wait_anew(self, model: ModelName) -> None:
+        """Nobody was waited for until now."""
+        known = self._waiting.get(model)
+        if known is not None:
+            known.at_s = self.clock_s()
+
     def _note_waiting(self, model: ModelName) -> None:
         record = self.record(model)
         if record is None:

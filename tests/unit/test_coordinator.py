@@ -230,6 +230,17 @@ async def test_a_coordinator_killed_at_any_write_is_replaced_and_the_rollout_goe
             assert others
 
 
+async def test_the_time_without_any_node_does_not_count() -> None:
+    store = MemoryStore()
+    async with coordinating(store):
+        revision = await store.put(K.model(M), text("1", BARRIER))
+        await asyncio.sleep(1000)
+        assert (await until(store, lambda _: True)).phase is Phase.PREPARING
+        async with played_fleet(store) as nodes:
+            nodes[0].load_s = 20.0
+            assert (await ended(store, revision)).phase is Phase.COMMITTED
+
+
 async def test_a_fleet_without_gated_documents_is_not_watched() -> None:
     store = MemoryStore()
     client = store.client()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paddlewheel.rollout.plan import next_record, wake_s
+from paddlewheel.rollout.plan import next_record, waits_for_nobody, wake_s
 from paddlewheel.rollout.reading import Answer, answer
 from paddlewheel.rollout.world import NodeSeen, World
 from registry.names import Digest, NodeId, Revision, Version
@@ -365,11 +365,12 @@ def test_a_document_that_waits_for_nobody_has_a_record_only_where_there_was_one(
     assert (found.phase, found.revision, found.previous) == (Phase.COMMITTED, R, 7)
 
 
-def test_with_nobody_to_wait_for_the_clock_starts_anew() -> None:
-    assert next_record(world(BARRIER, "", preparing("barrier"), waited_s=59)) is None
-    found = next_record(world(BARRIER, "", preparing("barrier"), waited_s=60))
-    assert found is not None
-    assert found.phase is Phase.PREPARING
+def test_with_nobody_to_wait_for_no_time_counts() -> None:
+    for words in ("", "ready+draining"):
+        seen = world(BARRIER, words, preparing("barrier"), waited_s=1000.0)
+        assert waits_for_nobody(seen)
+        assert next_record(seen) is None
+        assert wake_s(seen) is None
 
 
 WAKES: dict[str, tuple[World, float | None]] = {
