@@ -20,12 +20,16 @@ import structlog
 import uvloop
 
 import paddlewheel
+from paddlewheel.access import AccessControl
+from paddlewheel.front import BadTls, ClientTls, Front
+from paddlewheel.front_door import Doors
 from paddlewheel.gateway_memory import GatewayMemory, News
 from paddlewheel.gateway_probes import Prober
 from paddlewheel.logs import configure_logs
 from registry.catalog import Catalog, DocumentAccepted, DocumentDeleted, DocumentRefused
 from registry.etcd import EtcdStore
 from registry.etcd.settings import EtcdSettings
+from registry.gateway_spec import GatewayDocument, UpstreamSpec
 from registry.keys import Keys
 from registry.names import ModelName, NodeId, Revision
 from registry.spec import ModelDocument
@@ -57,6 +61,9 @@ class GatewaySettings:
     """How long to go on accepting after being unready, for balancers that poll."""
     state: Path | None = None
     """A folder for what etcd last said, for a start while it is away; ``None``: not kept."""
+    front: Front = field(default_factory=Front)
+    node_tls: ClientTls | None = None
+    """For nodes at ``https://``; ``None``: the system's CAs vouch for them."""
 
 
 def run_gateway(settings: GatewaySettings) -> int:
@@ -91,12 +98,36 @@ class Gateway:
         self._rollouts = Catalog()
         self._documents: dict[ModelName, Mapping[Revision, ModelDocument]] = {}
         self._fleet = Fleet()
-        self._rotation = Rotation(zone=settings.zone, on_suspect=self._suspect)
+        node_tls = settings.node_tls
+        self._rotation = Rotation(
+            zone=settings.zone,
+            on_suspect=self._suspect,
+            tls=None if node_tls is None else node_tls.context(),
+        )
         self._prober = Prober(self._rotation)
         self._app = GatewayApp(
             self._rotation, product_version=paddlewheel.__version__, read_health=self.health
         )
-        self._http = ""
+        self._access = AccessControl(
+            self._app,
+            store=self._store,
+            keys=self._keys,
+            required=settings.front.require_access,
+            is_node=False,
+            snapshot=None if settings.state is None else settings.state / "gateway.json",
+            on_document=self._tune,
+        )
+        self._app.access_report = self._access.report
+        self._doors = Doors(self._app, settings.host, settings.port, settings.front)
+
+    def _tune(self, document: GatewayDocument | None) -> None:
+        wanted = UpstreamSpec() if document is None else document.spec.upstream
+        tuning = self._rotation.tuning
+        tuning.connect_s = wanted.connect_timeout_s
+        tuning.idle_max = wanted.idle_max
+        tuning.idle_s = wanted.idle_s
+        tuning.replay_max_bytes = wanted.replay_max_mb * 1_000_000
+        tuning.retries = wanted.retry
 
     def health(self) -> Health:
         """Ready: the fleet is known, some node answers, and we are not draining.
@@ -111,6 +142,7 @@ class Gateway:
             Check("draining", not self._draining, "draining" if self._draining else ""),
             Check("fleet_known", not unknown, "nothing heard from etcd so far" if unknown else ""),
             Check("nodes", bool(answering), f"{len(answering)} of {len(vitals)} answer"),
+            self._access.check(),
         ]
         ready = all(check.ok for check in checks)
         self._was_ready = self._was_ready or ready
@@ -118,6 +150,7 @@ class Gateway:
             good = len(self._rotation.default_candidates(model).nodes)
             detail = f"{good} nodes" if good else (route.reason or "no node serves it")
             checks.append(Check(f"model:{model}", good > 0, detail))
+        checks += self._access.remarks()
         return Health(ready=ready, started=self._was_ready, live=True, checks=checks)
 
     def _fleet_prefixes(self) -> tuple[str, ...]:
@@ -215,9 +248,10 @@ class Gateway:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         failed: list[asyncio.Task[None]] = []
+        self._access.restore()
         try:
-            self._http = await self._app.start(settings.host, settings.port)
-        except OSError as exc:
+            await self._doors.open()
+        except (OSError, BadTls) as exc:
             log.error("cannot_listen", address=f"{settings.host}:{settings.port}", reason=str(exc))
             await self._store.close()
             return 1
@@ -235,6 +269,8 @@ class Gateway:
                     *((prefix, self._follow_fleet(prefix)) for prefix in self._fleet_prefixes()),
                     ("sweep", self._sweep()),
                     *((("memory", self._memory.run()),) if settings.state else ()),
+                    ("access", self._access.run()),
+                    ("doors", self._doors.keep()),
                     ("stop", self._wait_for_stop()),
                 )
             ]
@@ -255,8 +291,9 @@ class Gateway:
     def _print_ready(self) -> None:
         line = {
             "event": "ready",
-            "http": self._http,
+            "http": self._doors.http,
             "grpc": None,
+            **self._doors.admin_line(),
             "pid": os.getpid(),
             "etcd": [str(endpoint) for endpoint in self._settings.etcd.parsed()],
         }

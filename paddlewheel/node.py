@@ -30,11 +30,13 @@ from loader.nvml import GpuWatcher
 from loader.prober import Prober
 from loader.repository import ModelRepository
 from loader.zygote import Zygote, ZygoteFailed
+from paddlewheel.access import AccessControl
 from paddlewheel.admission import DocumentAdmission
 from paddlewheel.applied import Applied
 from paddlewheel.follower import Follower
+from paddlewheel.front import BadTls
+from paddlewheel.front_door import Doors
 from paddlewheel.gpu_quota import quotas_mb
-from paddlewheel.identity import IdTaken, Lodging, claim, guard
 from paddlewheel.logs import configure_logs
 from paddlewheel.node_drills import NodeDrills
 from paddlewheel.pipelines import PipelineKeeper
@@ -71,12 +73,7 @@ def run_node(settings: NodeSettings) -> int:
     configure_logs()
 
     async def serve() -> int:
-        try:
-            node = Node(settings)  # made inside the loop that its parts belong to
-        except IdTaken as exc:
-            log.error("node_id_taken", node=settings.id, reason=str(exc))
-            return 1
-        return await node.run()
+        return await Node(settings).run()  # made inside the loop that its parts belong to
 
     return uvloop.run(serve())
 
@@ -85,14 +82,8 @@ class Node:
     """The parts of one node and how they hang together. Satisfies `router.ports.NodeView`."""
 
     def __init__(self, settings: NodeSettings, *, zygote: Zygote | None = None) -> None:
-        """Raises `IdTaken`.
-
-        zygote: what forks workers, where that is not to be a process with paddle in it.
-        """
+        """zygote: what forks workers, where that is not to be a process with paddle in it."""
         self._settings = settings
-        cache = settings.cache.expanduser()
-        folder = cache / "nodes" / settings.id
-        self._lodging = Lodging(folder, settings.id)
         self._keys = Keys(settings.prefix)
         self._started_at = datetime.now(UTC)
         self._draining = False
@@ -100,6 +91,7 @@ class Node:
         self._was_ready = False
         self._stop = asyncio.Event()
         self._routes = Routes()
+        cache = settings.cache.expanduser()
         self._store = EtcdStore.connect(settings.etcd)
         self._session = Session(self._store, settings.lease_ttl_s)
         self._zygote = zygote or Zygote()
@@ -120,9 +112,7 @@ class Node:
         )
         self._prober = Prober(self._manager, self._devices)
         self._gpus = GpuWatcher(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-        self._claimed = asyncio.Event()
-        self._taken = ""
-        """Why this node may not be one: another has its id."""
+        folder = cache / "nodes" / settings.id
         self._follower = Follower(
             store=self._store,
             keys=self._keys,
@@ -165,7 +155,16 @@ class Node:
             endpoint=self._app.pipelines,
             snapshot_path=folder / "pipelines.json",
         )
-        self._http = ""
+        self._access = AccessControl(
+            self._app,
+            store=self._store,
+            keys=self._keys,
+            required=settings.front.require_access,
+            is_node=True,
+            snapshot=folder / "gateway.json",
+        )
+        self._app.access_report = self._access.report
+        self._doors = Doors(self._app, settings.host, settings.port, settings.front)
 
     # --- what the front door asks (router.ports.NodeView) -------------------------------------
 
@@ -183,6 +182,7 @@ class Node:
                 if self._follower.configs_known.is_set()
                 else "neither etcd nor a snapshot so far",
             ),
+            self._access.check(),
         ]
         cordoned = {
             usage.id: usage.cordoned
@@ -209,6 +209,7 @@ class Node:
         # For people: none of these makes a node that serves unready.
         for device, cordon in cordoned.items():
             checks.append(Check(f"device:{device}", False, f"cordoned: {cordon.reason}"))
+        checks += self._access.remarks()
         checks.append(Check("etcd_lease", True, "held" if self._session.has_lease else "lost"))
         return Health(ready=ready, started=self._was_ready, live=live, checks=checks)
 
@@ -292,20 +293,17 @@ class Node:
         self._session.set(key, status.to_json())
 
     def _announce(self) -> None:
-        self._session.set(self._keys.node(self._settings.id), self._record().to_json())
-
-    def _record(self) -> NodeRecord:
-        return NodeRecord(
+        record = NodeRecord(
             id=self._settings.id,
-            http=self._settings.advertise or self._http,
+            http=self._settings.advertise or self._doors.http,
             started_at=self._started_at,
             devices=tuple(_device_record(usage) for usage in self._devices.usage()),
             labels=self._settings.labels,
             version=paddlewheel.__version__,
             draining=self._draining,
             lease_ttl_s=self._settings.lease_ttl_s,
-            uid=self._lodging.uid,
         )
+        self._session.set(self._keys.node(self._settings.id), record.to_json())
 
     def _readings(self) -> Iterable[Reading]:
         return readings(
@@ -328,16 +326,16 @@ class Node:
         if with_signals:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop.set)
+        self._access.restore()
         try:
-            self._http = await self._app.start(settings.host, settings.port)
-        except OSError as exc:
+            await self._doors.open()
+        except (OSError, BadTls) as exc:
             log.error("cannot_listen", address=f"{settings.host}:{settings.port}", reason=str(exc))
             await self._store.close()
             return 1
         self._app.publish(self._routes.serving)
         self._print_ready()
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._lodging.leave)
             stack.push_async_callback(self._store.close)
             stack.push_async_callback(self._zygote.close)
             stack.push_async_callback(self._manager.close)
@@ -347,8 +345,9 @@ class Node:
             await self._follower.restore()
             self._verdicts.restore()
             self._announce()
-            self._lodging.note(self._record())
+            await self._session.start()
             await self._events.start()
+            self.happened(EventType.NODE_JOINED, settings.id, {"http": self._doors.http})
             parts: dict[str, Callable[[], Awaitable[None]]] = {
                 "manager": self._manager.run,
                 "routes": self._complete_routes,
@@ -359,6 +358,8 @@ class Node:
                 "prober": self._prober.run,
                 "pipelines": self._pipelines.run,
                 "gpus": self._watch_gpus,
+                "access": self._access.run,
+                "doors": self._doors.keep,
                 "samples": self._samples.run,
             }
             # What was made so far lives as long as the process: the collector need not look at it
@@ -369,37 +370,17 @@ class Node:
                 asyncio.create_task(self._keep(name, part), name=name)
                 for name, part in parts.items()
             ]
-            fleeting = [
-                asyncio.create_task(self._keep(name, part), name=name)
-                for name, part in (("id", self._keep_id), ("coordinator", self._coordinate))
-            ]
+            coordinating = asyncio.create_task(
+                self._keep("coordinator", self._coordinator.run), name="coordinator"
+            )
             await self._stop.wait()
-            for task in fleeting:
-                task.cancel()  # another coordinates at once
+            coordinating.cancel()  # another takes over at once
             await self._drain()
-            for task in tasks:
+            for task in (coordinating, *tasks):
                 task.cancel()
-            await asyncio.gather(*fleeting, *tasks, return_exceptions=True)
+            await asyncio.gather(coordinating, *tasks, return_exceptions=True)
         log.info("node_stopped", node=settings.id)
-        return 1 if self._taken else 0
-
-    async def _keep_id(self) -> None:
-        """Be a node of the fleet once the id is ours, and for as long as it is."""
-        mine = self._record()
-        try:
-            await claim(self._store, self._keys, mine)
-            await self._session.start()
-            self._claimed.set()
-            self.happened(EventType.NODE_JOINED, mine.id, {"http": mine.http})
-            await guard(self._store, self._keys, mine)
-        except IdTaken as exc:
-            log.error("node_id_taken", node=mine.id, reason=str(exc))
-            self._taken = str(exc)
-            self._stop.set()
-
-    async def _coordinate(self) -> None:
-        await self._claimed.wait()
-        await self._coordinator.run()
+        return 0
 
     async def _keep(self, name: str, part: Callable[[], Awaitable[None]]) -> None:
         """Run one part for ever. What goes wrong in it is no reason to stop serving."""
@@ -420,8 +401,9 @@ class Node:
     def _print_ready(self) -> None:
         line = {
             "event": "ready",
-            "http": self._http,
+            "http": self._doors.http,
             "grpc": None,
+            **self._doors.admin_line(),
             "node": self._settings.id,
             "pid": os.getpid(),
             "etcd": [str(endpoint) for endpoint in self._settings.etcd.parsed()],

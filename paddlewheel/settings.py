@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from paddlewheel.front import Front
 from registry.etcd.settings import EtcdSettings
 from registry.names import NodeId
 
@@ -37,6 +38,7 @@ class NodeSettings:
     drain_delay_s: float = 0.0
     """How long to go on accepting after being unready, for balancers that poll."""
     enable_drills: bool = False
+    front: Front = field(default_factory=Front)
     transform_workers: int | None = None
     """Processes for pipelines' Python steps; ``None``: one a processor, four at most."""
 

@@ -66,7 +66,14 @@ class UpSettings:
     drain_s: float
     drain_delay_s: float
     enable_drills: bool
+    require_access: bool
+    insecure: bool
     transform_workers: int | None
+
+    def openness_flags(self) -> list[str]:
+        """For nodes and the gateway."""
+        flags = ["--require-access"] if self.require_access else []
+        return [*flags, "--insecure"] if self.insecure else flags
 
     def node_flags(self) -> list[str]:
         """The command line of a node, without its own id, address and etcd."""
@@ -85,7 +92,7 @@ class UpSettings:
             flags += ["--transform-workers", str(self.transform_workers)]
         if self.enable_drills:
             flags.append("--enable-drills")
-        return flags
+        return [*flags, *self.openness_flags()]
 
 
 def run_up(settings: UpSettings) -> int:
@@ -225,6 +232,7 @@ class _Up:
         supervised = list(self._nodes)
         if settings.gateway:
             shared = [*etcd_flags, "--prefix", settings.prefix, "--drain", str(settings.drain_s)]
+            shared += settings.openness_flags()
             if self._etcd is not None:  # so that it goes with the etcd that it is about
                 shared += ["--state", str(self._etcd_folder / "gateway")]
             address = f"{host}:{GATEWAY_PORT if port else 0}"

@@ -6,8 +6,8 @@ import asyncio
 import itertools
 import secrets
 import ssl
-from collections.abc import Mapping
-from typing import NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 import structlog
 from aiohttp import web
@@ -26,7 +26,7 @@ from router.http_infer import InferEndpoint, Parse, Published
 from router.http_path import Target, parse_target
 from router.http_pipeline import PipelineEndpoint
 from router.http_probes import Inspection, Seen, everything
-from router.http_reply import SERVER, Reply
+from router.http_reply import SERVER, Reply, json_reply
 from router.http_server import ConnectionLimits, Handler, HttpServer
 from router.metrics import Metrics
 from router.pipeline.metrics import PipelineMetrics
@@ -64,6 +64,8 @@ class App:
         self._admin = Admin(node, lambda: self.serving, drills)
         self._remote = Remote()
         self.pipelines = PipelineEndpoint(self._infer, PipelineMetrics(self.metrics), self._remote)
+        self.access_report: Callable[[], Mapping[str, Any]] = dict
+        """``GET /admin/access``; whoever wires access control sets it."""
         self.limits = ConnectionLimits()
         self._servers: list[HttpServer] = []
         self._has_admin_address = False
@@ -280,6 +282,8 @@ class App:
                 return self._v1_read(model, tuple(rest))
             case ("admin", "routes"):
                 return admin.routes()
+            case ("admin", "access"):
+                return json_reply(self.access_report())
             case ("admin", "servables"):
                 return admin.servables()
             case ("admin", "explain"):

@@ -65,6 +65,8 @@ class GatewayApp:
         self._proxy = Proxy(rotation, on_retry=self.metrics.retried)
         self.guard: Guarding | None = None
         """Read once by each request; ``None``: everybody may use everything."""
+        self.access_report: Callable[[], Mapping[str, Any]] = dict
+        """``GET /admin/access``; whoever wires access control sets it."""
         self.limits = ConnectionLimits()
         self._servers: list[HttpServer] = []
         self._has_admin_address = False
@@ -143,14 +145,12 @@ class GatewayApp:
                 headers = request.headers
                 wanted_s = parse_timeout_s(headers.get(TIMEOUT_HEADER))
                 limit_bytes = route.limits.max_body_mb * 1_000_000
-                if guard is None:
-                    body = await take_body(request, limit_bytes)
-                else:
-                    body = await take_body(
-                        request,
-                        min(limit_bytes, guard.max_body_bytes or limit_bytes),
-                        timeout_s=guard.body_timeout_s,
-                    )
+                body = await take_body(
+                    request,
+                    limit_bytes if guard is None else guard.body_limit(limit_bytes),
+                    replay_max_bytes=self._rotation.tuning.replay_max_bytes,
+                    timeout_s=None if guard is None else guard.body_timeout_s,
+                )
                 # As on a node, the clock starts with the whole request.
                 timeout_s = route.limits.timeout_s
                 if wanted_s is not None:
@@ -304,8 +304,8 @@ class GatewayApp:
             return await self._repository(request, segments[2:], caller)
         if segments in READINESS:
             verbose = any(name == "verbose" for name, _ in target.parameters())
-            names = guard is None or (verbose and await guard.is_admin(request))
-            status, body = health.ready(self._health(), verbose=verbose, names=names)
+            may_see = guard is None or (verbose and await guard.is_admin(request))
+            status, body = health.ready(self._health(), verbose=verbose, names=may_see)
             reply = json_reply(body, status)
         elif segments == ("v1", "pipelines"):
             there = pipelines_of(self._rotation.fleet)
@@ -342,6 +342,8 @@ class GatewayApp:
                 )
             case ("admin", "routes"):
                 return json_reply(self._routes())
+            case ("admin", "access"):
+                return json_reply(self.access_report())
             case ("admin", "nodes"):
                 return json_reply({"nodes": self._rotation.nodes()})
             case ("admin", "explain"):

@@ -118,14 +118,11 @@ class InferEndpoint:
             # client, and the version it would pin to may be unloaded long before it ends.
             limits = self.published.serving.table.route(model).limits
             limit_bytes = limits.max_body_mb * 1_000_000
-            if guard is None:
-                body = await read_body(request, limit_bytes)
-            else:
-                body = await read_body(
-                    request,
-                    min(limit_bytes, guard.max_body_bytes or limit_bytes),
-                    timeout_s=guard.body_timeout_s,
-                )
+            body = await read_body(
+                request,
+                limit_bytes if guard is None else guard.body_limit(limit_bytes),
+                timeout_s=None if guard is None else guard.body_timeout_s,
+            )
 
             # The clock starts with the whole request: how long its upload took is the client's.
             began_s = loop.time()

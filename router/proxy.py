@@ -27,8 +27,6 @@ from router.upstream import AnswerBroken, Exchange, Upstream, UpstreamFailed
 
 log = structlog.get_logger(__name__)
 
-REPLAY_MAX_BYTES = 8 * 2**20
-"""A larger body passes as a stream, and its request cannot be run again once part of it went."""
 ANSWER_MAX_BYTES = 2**20
 """A larger answer passes as a stream; a smaller one is here whole before its first byte goes."""
 GRACE_S = 0.25
@@ -94,7 +92,11 @@ def too_large(limit_bytes: int) -> BodyTooLarge:
 
 
 async def take_body(
-    request: web.BaseRequest, limit_bytes: int, *, timeout_s: float | None = None
+    request: web.BaseRequest,
+    limit_bytes: int,
+    *,
+    replay_max_bytes: int,
+    timeout_s: float | None = None,
 ) -> Body:
     """Return the body as it was sent, packed or not: whole where it is small, else as a stream.
 
@@ -114,7 +116,7 @@ async def take_body(
         if len(body) > limit_bytes:
             raise too_large(limit_bytes)
         return body
-    if length is None or length > REPLAY_MAX_BYTES:
+    if length is None or length > replay_max_bytes:
         return StreamedBody(content, limit_bytes, chunked=length is None, timeout_s=timeout_s)
     try:
         async with asyncio.timeout(timeout_s):
@@ -235,7 +237,11 @@ class Proxy:
         if again is None and rotation.is_behind(model, upstream.id):
             again = upstream  # nobody has what was asked for: it may answer as it is
         body = forward.body
-        if again is None or (isinstance(body, StreamedBody) and body.began):
+        if (
+            again is None
+            or not rotation.tuning.retries
+            or (isinstance(body, StreamedBody) and body.began)
+        ):
             return _give_up(first, model)
         self._on_retry(model, why)
         try:

@@ -7,6 +7,7 @@ Everything here happens on one event loop. Whoever learns something (`publish`, 
 from __future__ import annotations
 
 import random
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from router.fleet.selection import ANY, Candidates, Want, candidates, choose, wa
 from router.pipeline.errors import UnknownPipeline
 from router.rules import Headers
 from router.table import NO_REVISION, PINNED, RequestFacts, Route, RouteTable
-from router.upstream import Upstream
+from router.upstream import Tuning, Upstream
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +64,11 @@ class Rotation:
         zone: Mapping[str, str] | None = None,
         on_suspect: Callable[[NodeId], None] = lambda _node: None,
         clock: Callable[[], float] = time.monotonic,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """tls: for nodes at ``https://``; ``None``: the system's CAs vouch for them."""
+        self.tuning = Tuning()
+        self._tls = tls
         self.fleet = Fleet()
         self.vitals: dict[NodeId, Vitals] = {}
         self.upstreams: dict[NodeId, Upstream] = {}
@@ -203,10 +208,14 @@ class Rotation:
             host, port = address.hostname, address.port
         except ValueError:
             host, port = None, None
-        if address.scheme != "http" or host is None:
+        if address.scheme not in ("http", "https") or host is None:
             log.error("node_address_not_understood", node=node, http=http)
             return
-        self.upstreams[node] = Upstream(node, host, port or 80)
+        tls = None
+        if address.scheme == "https":
+            tls = self._tls = self._tls or ssl.create_default_context()
+            port = port or 443
+        self.upstreams[node] = Upstream(node, host, port or 80, tls=tls, tuning=self.tuning)
 
     def _pardon(self, node: NodeId) -> None:
         for ejections in self._ejections.values():

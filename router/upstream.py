@@ -8,9 +8,11 @@ machinery would cost more than everything else here together (docs/decisions/001
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterable
+from dataclasses import dataclass
 
 from aiohttp import ClientError, StreamReader
 from aiohttp.client_proto import ResponseHandler
@@ -26,8 +28,22 @@ IDLE_S = 60.0
 """For so long. Nodes close theirs after 75 s (`router.http_server`): whoever closes first decides
 whether a request can be sent into a connection that is just being closed."""
 CONNECT_S = 2.0
+REPLAY_MAX_BYTES = 8_000_000
 _READ_BYTES = 256 * 1024
 _HEAD_BYTES_MAX = 32_768
+
+
+@dataclass(slots=True)
+class Tuning:
+    """What all of a gateway's connections have in common; whoever owns it may change it."""
+
+    connect_s: float = CONNECT_S
+    idle_max: int = IDLE_MAX
+    idle_s: float = IDLE_S
+    replay_max_bytes: int = REPLAY_MAX_BYTES
+    """A larger body passes as a stream; its request cannot be run again once part of it went."""
+    retries: bool = True
+    """Whether what failed on one node is run again on another."""
 
 
 class UpstreamFailed(RouterError):
@@ -96,8 +112,18 @@ class Exchange:
 class Upstream:
     """One node's connections. ``in_flight`` counts the requests that callers `claim`."""
 
-    def __init__(self, node: NodeId, host: str, port: int) -> None:
+    def __init__(
+        self,
+        node: NodeId,
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        tuning: Tuning | None = None,
+    ) -> None:
         self.id = node
+        self._tls = tls
+        self._tuning = tuning or Tuning()
         self.in_flight = 0
         self._host = host
         self._port = port
@@ -183,7 +209,10 @@ class Upstream:
             return
         now_s = time.monotonic()
         self._idle.append((now_s, connection))
-        while len(self._idle) > IDLE_MAX or self._idle[0][0] < now_s - IDLE_S:
+        tuning = self._tuning
+        while self._idle and (
+            len(self._idle) > tuning.idle_max or self._idle[0][0] < now_s - tuning.idle_s
+        ):
             self._idle.popleft()[1].close()
 
     def drop_idle(self) -> None:
@@ -200,20 +229,21 @@ class Upstream:
         while self._idle:
             since_s, connection = self._idle.pop()
             if connection.is_connected() and not connection.should_close:
-                if time.monotonic() - since_s < IDLE_S:
+                if time.monotonic() - since_s < self._tuning.idle_s:
                     return connection
                 connection.close()
         return None
 
     async def _connect(self, deadline_s: float) -> ResponseHandler:
         loop = asyncio.get_running_loop()
+        connect_s = self._tuning.connect_s
         try:
-            async with asyncio.timeout_at(min(deadline_s, loop.time() + CONNECT_S)):
+            async with asyncio.timeout_at(min(deadline_s, loop.time() + connect_s)):
                 _, connection = await loop.create_connection(
-                    lambda: ResponseHandler(loop), self._host, self._port
+                    lambda: ResponseHandler(loop), self._host, self._port, ssl=self._tls
                 )
         except OSError as exc:  # includes TimeoutError
-            why = f"no connection: {exc}" if str(exc) else f"no connection within {CONNECT_S:g} s"
+            why = f"no connection: {exc}" if str(exc) else f"no connection within {connect_s:g} s"
             raise UpstreamFailed(self.id, why, refused=True, stale=False) from exc
         return connection
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from paddlewheel.cli.front import front_of, front_options
 from paddlewheel.cli.serve import label_option
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("gateway")
@@ -21,6 +25,10 @@ from paddlewheel.etcd_options import EtcdOptions, etcd_options
     "--drain", "drain_s", type=click.FloatRange(min=0), default=30.0, metavar="S",
     show_default=True, help="How long requests in flight may take after SIGTERM.",
 )  # fmt: skip
+@front_options
+@click.option("--node-ca", type=_FILE, metavar="FILE", help="Signs the nodes' certificates.")
+@click.option("--node-cert", type=_FILE, metavar="FILE", help="Shown to nodes that ask for one.")
+@click.option("--node-key", type=_FILE, metavar="FILE", help="Its key.")
 @label_option("A label of the nodes to ask first, such as zone=a; may be given again.")
 @click.option(
     "--listen", default="127.0.0.1:8600", metavar="HOST:PORT", show_default=True,
@@ -38,11 +46,16 @@ def gateway(
     drain_s: float,
     drain_delay_s: float,
     state: Path | None,
+    node_ca: Path | None,
+    node_cert: Path | None,
+    node_key: Path | None,
+    **front: Any,
 ) -> None:
     """Forward requests to the nodes that etcd knows, and around those that fail.
 
     Prints one line of JSON on stdout when HTTP listens; logs go to stderr as JSON lines.
     """
+    from paddlewheel.front import BadTls, ClientTls
     from paddlewheel.gateway import GatewaySettings, run_gateway
     from paddlewheel.settings import parse_listen
     from paddlewheel.state_file import state_dir
@@ -51,6 +64,15 @@ def gateway(
         host, port = parse_listen(listen)
     except ValueError as exc:
         raise click.BadParameter(f"want HOST:PORT, got {listen!r}", param_hint="--listen") from exc
+    if (node_cert is None) != (node_key is None):
+        raise click.UsageError("--node-cert and --node-key go together")
+    node_tls = None
+    if node_ca is not None or node_cert is not None:
+        node_tls = ClientTls(node_ca, node_cert, node_key)
+        try:
+            node_tls.context()
+        except BadTls as exc:
+            raise click.UsageError(str(exc)) from exc
     status = run_gateway(
         GatewaySettings(
             etcd=etcd.settings(),
@@ -60,6 +82,8 @@ def gateway(
             zone=labels,
             drain_s=drain_s,
             drain_delay_s=drain_delay_s,
+            front=front_of(host, **front),
+            node_tls=node_tls,
             state=state or state_dir() / "gateway",
         )
     )

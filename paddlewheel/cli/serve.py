@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from paddlewheel.cli.front import FRONT_OPTIONS, front_of, front_options, openness_options
 from paddlewheel.etcd_options import EMBEDDED, EtcdOptions, etcd_options
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -99,6 +100,7 @@ def label_option(help_text: str) -> Callable[[Decorated], Decorated]:
 @click.command("node")
 @etcd_options
 @serving_options
+@front_options
 @label_option("A label of this node; may be given again.")
 @click.option(
     "--listen", default="127.0.0.1:8500", metavar="HOST:PORT", show_default=True,
@@ -132,6 +134,7 @@ def node(etcd: EtcdOptions, listen: str, node_id: str | None, **settings: Any) -
         raise click.BadParameter(
             f"want letters, digits, '.', '_' and '-', got {node_id!r}", param_hint="--id"
         )
+    front = front_of(host, **{name: settings.pop(name) for name in FRONT_OPTIONS})
     located = etcd.locate()
     status = run_node(
         NodeSettings(
@@ -140,6 +143,7 @@ def node(etcd: EtcdOptions, listen: str, node_id: str | None, **settings: Any) -
             prefix=located.prefix,
             host=host,
             port=port,
+            front=front,
             **settings,
         )
     )
@@ -158,6 +162,7 @@ def _embedded_by_default(command: click.Command) -> click.Command:
 @click.command("up")
 @etcd_options
 @serving_options
+@openness_options
 @click.option(
     "--listen", default="127.0.0.1:8500", metavar="HOST:PORT", show_default=True,
     help="Where the first node serves HTTP; the next ones take the next ports, 0 free ones.",
@@ -184,8 +189,17 @@ def up(etcd: EtcdOptions, **settings: Any) -> None:
 
     Prints one line of JSON on stdout when all nodes listen. Ends everything at SIGTERM or Ctrl-C.
     """
+    from paddlewheel.front import Front, TooOpen
+    from paddlewheel.settings import parse_listen
     from paddlewheel.up import UpSettings, run_up
 
+    try:
+        host, _ = parse_listen(settings["listen"])
+        Front(settings["require_access"], settings["insecure"]).check(host)
+    except TooOpen as exc:
+        raise click.UsageError(str(exc)) from exc
+    except ValueError as exc:
+        raise click.BadParameter("want HOST:PORT", param_hint="--listen") from exc
     embedded = etcd.etcd is None or etcd.etcd == EMBEDDED
     located = etcd.locate()
     raise SystemExit(

@@ -52,10 +52,11 @@ class Guarding(Protocol):
     """What a front door asks."""
 
     @property
-    def max_body_bytes(self) -> int | None: ...
-
-    @property
     def body_timeout_s(self) -> float | None: ...
+
+    def body_limit(self, limit_bytes: int) -> int:
+        """The size of a body where the model allows ``limit_bytes``."""
+        ...
 
     async def admit(self, request: web.BaseRequest, resource: Resource) -> Admission:
         """Let it in, or raise an `AccessError`."""
@@ -90,8 +91,10 @@ class Keyring:
 class ClosedGuard:
     """Lets nobody in but probes: whether access control is on is not known, or it cannot work."""
 
-    max_body_bytes: int | None = None
     body_timeout_s: float | None = None
+
+    def body_limit(self, limit_bytes: int) -> int:
+        return limit_bytes
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -138,10 +141,9 @@ class Guard:
         self._verified: OrderedDict[bytes, Mapping[str, Any]] = OrderedDict()
         self._verified_with: list[KeySet | None] = []
 
-    @property
-    def max_body_bytes(self) -> int | None:
-        limit = self.limits.max_body_mb
-        return None if limit is None else limit * 1_000_000
+    def body_limit(self, limit_bytes: int) -> int:
+        own = self.limits.max_body_mb
+        return limit_bytes if own is None else min(limit_bytes, own * 1_000_000)
 
     @property
     def body_timeout_s(self) -> float | None:

@@ -39,7 +39,7 @@ class RemoteKeys:
         self.error: str | None = "not fetched yet"
         """Why the last fetch failed; ``None`` after one that did not."""
         self.fetches = 0
-        self._refresh_s = refresh_s
+        self.refresh_s = refresh_s
         self._fetch = fetch or fetch_url
         self._under_way: asyncio.Task[None] | None = None
         self._asked_at_s = float("-inf")
@@ -50,9 +50,9 @@ class RemoteKeys:
         while True:
             await self.refresh()
             if self.error is None:
-                pause_s, backoff_s = self._refresh_s, BACKOFF_S[0]
+                pause_s, backoff_s = self.refresh_s, BACKOFF_S[0]
             else:
-                pause_s = min(backoff_s, self._refresh_s)
+                pause_s = min(backoff_s, self.refresh_s)
                 backoff_s = min(backoff_s * 2, longest_s)
             await asyncio.sleep(pause_s * random.uniform(1 - JITTER, 1 + JITTER))
 

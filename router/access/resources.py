@@ -31,7 +31,9 @@ _OPEN = frozenset(
         ("v2", "health", "live"), ("v2", "health", "ready"),
     )
 )  # fmt: skip
-_LISTINGS = frozenset((("v1", "models"), ("v1", "pipelines"), ("v2", "repository", "index")))
+_LISTINGS = frozenset(
+    (("v1", "models"), ("v1", "pipelines"), ("v1", "pipelines"), ("v2", "repository", "index"))
+)
 _ADMIN = frozenset(("admin", "metrics"))
 
 

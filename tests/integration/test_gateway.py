@@ -19,7 +19,8 @@ from registry.inference import Overloaded
 from registry.names import NodeId, Version
 from router.fleet.ejection import FAILURES
 from router.fleet.probes import Vitals
-from router.proxy import ANSWER_MAX_BYTES, REPLAY_MAX_BYTES
+from router.proxy import ANSWER_MAX_BYTES
+from router.upstream import REPLAY_MAX_BYTES
 from tests.eventually import eventually
 from tests.fleets import M
 from tests.gateways import (
