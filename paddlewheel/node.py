@@ -37,6 +37,7 @@ from paddlewheel.follower import Follower
 from paddlewheel.front import BadTls
 from paddlewheel.front_door import Doors
 from paddlewheel.gpu_quota import quotas_mb
+from paddlewheel.identity import IdTaken, Lodging, claim, guard
 from paddlewheel.logs import configure_logs
 from paddlewheel.node_drills import NodeDrills
 from paddlewheel.pipelines import PipelineKeeper
@@ -73,7 +74,12 @@ def run_node(settings: NodeSettings) -> int:
     configure_logs()
 
     async def serve() -> int:
-        return await Node(settings).run()  # made inside the loop that its parts belong to
+        try:
+            node = Node(settings)  # made inside the loop that its parts belong to
+        except IdTaken as exc:
+            log.error("node_id_taken", node=settings.id, reason=str(exc))
+            return 1
+        return await node.run()
 
     return uvloop.run(serve())
 
@@ -82,8 +88,14 @@ class Node:
     """The parts of one node and how they hang together. Satisfies `router.ports.NodeView`."""
 
     def __init__(self, settings: NodeSettings, *, zygote: Zygote | None = None) -> None:
-        """zygote: what forks workers, where that is not to be a process with paddle in it."""
+        """Raises `IdTaken`.
+
+        zygote: what forks workers, where that is not to be a process with paddle in it.
+        """
         self._settings = settings
+        cache = settings.cache.expanduser()
+        folder = cache / "nodes" / settings.id
+        self._lodging = Lodging(folder, settings.id)
         self._keys = Keys(settings.prefix)
         self._started_at = datetime.now(UTC)
         self._draining = False
@@ -91,7 +103,6 @@ class Node:
         self._was_ready = False
         self._stop = asyncio.Event()
         self._routes = Routes()
-        cache = settings.cache.expanduser()
         self._store = EtcdStore.connect(settings.etcd)
         self._session = Session(self._store, settings.lease_ttl_s)
         self._zygote = zygote or Zygote()
@@ -112,7 +123,9 @@ class Node:
         )
         self._prober = Prober(self._manager, self._devices)
         self._gpus = GpuWatcher(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-        folder = cache / "nodes" / settings.id
+        self._claimed = asyncio.Event()
+        self._taken = ""
+        """Why this node may not be one: another has its id."""
         self._follower = Follower(
             store=self._store,
             keys=self._keys,
@@ -293,7 +306,10 @@ class Node:
         self._session.set(key, status.to_json())
 
     def _announce(self) -> None:
-        record = NodeRecord(
+        self._session.set(self._keys.node(self._settings.id), self._record().to_json())
+
+    def _record(self) -> NodeRecord:
+        return NodeRecord(
             id=self._settings.id,
             http=self._settings.advertise or self._doors.http,
             started_at=self._started_at,
@@ -302,8 +318,8 @@ class Node:
             version=paddlewheel.__version__,
             draining=self._draining,
             lease_ttl_s=self._settings.lease_ttl_s,
+            uid=self._lodging.uid,
         )
-        self._session.set(self._keys.node(self._settings.id), record.to_json())
 
     def _readings(self) -> Iterable[Reading]:
         return readings(
@@ -336,6 +352,7 @@ class Node:
         self._app.publish(self._routes.serving)
         self._print_ready()
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._lodging.leave)
             stack.push_async_callback(self._store.close)
             stack.push_async_callback(self._zygote.close)
             stack.push_async_callback(self._manager.close)
@@ -345,9 +362,8 @@ class Node:
             await self._follower.restore()
             self._verdicts.restore()
             self._announce()
-            await self._session.start()
+            self._lodging.note(self._record())
             await self._events.start()
-            self.happened(EventType.NODE_JOINED, settings.id, {"http": self._doors.http})
             parts: dict[str, Callable[[], Awaitable[None]]] = {
                 "manager": self._manager.run,
                 "routes": self._complete_routes,
@@ -370,17 +386,37 @@ class Node:
                 asyncio.create_task(self._keep(name, part), name=name)
                 for name, part in parts.items()
             ]
-            coordinating = asyncio.create_task(
-                self._keep("coordinator", self._coordinator.run), name="coordinator"
-            )
+            fleeting = [
+                asyncio.create_task(self._keep(name, part), name=name)
+                for name, part in (("id", self._keep_id), ("coordinator", self._coordinate))
+            ]
             await self._stop.wait()
-            coordinating.cancel()  # another takes over at once
+            for task in fleeting:
+                task.cancel()  # another coordinates at once
             await self._drain()
-            for task in (coordinating, *tasks):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(coordinating, *tasks, return_exceptions=True)
+            await asyncio.gather(*fleeting, *tasks, return_exceptions=True)
         log.info("node_stopped", node=settings.id)
-        return 0
+        return 1 if self._taken else 0
+
+    async def _keep_id(self) -> None:
+        """Be a node of the fleet once the id is ours, and for as long as it is."""
+        mine = self._record()
+        try:
+            await claim(self._store, self._keys, mine)
+            await self._session.start()
+            self._claimed.set()
+            self.happened(EventType.NODE_JOINED, mine.id, {"http": mine.http})
+            await guard(self._store, self._keys, mine)
+        except IdTaken as exc:
+            log.error("node_id_taken", node=mine.id, reason=str(exc))
+            self._taken = str(exc)
+            self._stop.set()
+
+    async def _coordinate(self) -> None:
+        await self._claimed.wait()
+        await self._coordinator.run()
 
     async def _keep(self, name: str, part: Callable[[], Awaitable[None]]) -> None:
         """Run one part for ever. What goes wrong in it is no reason to stop serving."""
