@@ -55,9 +55,14 @@ def advance(world: World, record: RolloutRecord) -> CanaryProgress | None:
     found = _judge(canary, progress, window_of(progress, world.samples))
     if found.verdict is Verdict.FAIL:
         return _failed(world, progress, found.detail)
-    if found.verdict is Verdict.PASS and _may_go_on(world, canary, progress):
+    if found.verdict is Verdict.PASS and not record.paused and _is_over(world, canary, progress):
         return _next(world, canary, progress, found)
-    return _noted(world, canary, progress, found)
+    return _noted(world, canary, progress, found, is_paused=record.paused)
+
+
+def is_stepping(record: RolloutRecord) -> bool:
+    """Whether there is a canary under way that can be paused."""
+    return record.canary is not None and record.canary.phase == "stepping"
 
 
 def wake_s(world: World, record: RolloutRecord) -> float | None:
@@ -145,13 +150,10 @@ def _is_ordered(world: World, kind: OrderKind) -> bool:
     return order is not None and order.revision == world.revision and order.order is kind
 
 
-def _may_go_on(world: World, canary: CanarySpec, progress: CanaryProgress) -> bool:
+def _is_over(world: World, canary: CanarySpec, progress: CanaryProgress) -> bool:
+    """Whether the step has lasted as long as it has to."""
     step = step_of(canary, progress)
-    return (
-        step is not None
-        and world.canary_waited_s >= step.hold_s
-        and not _is_ordered(world, OrderKind.PAUSE)
-    )
+    return step is not None and world.canary_waited_s >= step.hold_s
 
 
 def _first(world: World, canary: CanarySpec) -> CanaryProgress:
@@ -176,7 +178,7 @@ def _next(
             since=world.now,
         )
     if canary.promote == "manual":
-        return _noted(world, canary, progress, found)
+        return _noted(world, canary, progress, found, is_paused=False)
     return _changed(world, progress, "done", Verdict.PASS, found.detail)
 
 
@@ -186,23 +188,27 @@ def _failed(world: World, progress: CanaryProgress, reason: str) -> CanaryProgre
 
 
 def _noted(
-    world: World, canary: CanarySpec, progress: CanaryProgress, found: Judgement
+    world: World,
+    canary: CanarySpec,
+    progress: CanaryProgress,
+    found: Judgement,
+    *,
+    is_paused: bool,
 ) -> CanaryProgress | None:
     """The verdict of now, where that is news or the last numbers are old."""
     detail = found.detail
-    is_last = progress.step + 1 >= len(canary.steps) > 0
-    if found.verdict is Verdict.PASS and is_last and canary.promote == "manual":
-        step = step_of(canary, progress)
-        if step is not None and world.canary_waited_s >= step.hold_s:
-            detail = f"waits for paddlewheel promote {world.model}; {detail}"
-    if _is_ordered(world, OrderKind.PAUSE):
+    is_last = progress.step + 1 == len(canary.steps)
+    waits = found.verdict is Verdict.PASS and is_last and _is_over(world, canary, progress)
+    if waits and canary.promote == "manual":
+        detail = f"waits for paddlewheel promote {world.model}; {detail}"
+    if is_paused:
         detail = f"paused; {detail}"
     if progress.verdict == found.verdict.value and progress.detail == detail:
         return None
     told = progress.judged_at
     is_old = told is None or abs((world.now - told).total_seconds()) >= TELL_AFTER_S
-    is_paused = detail.startswith("paused") != (progress.detail or "").startswith("paused")
-    if progress.verdict == found.verdict.value and not is_old and not is_paused:
+    was_paused = (progress.detail or "").startswith("paused; ")
+    if progress.verdict == found.verdict.value and not is_old and is_paused == was_paused:
         return None
     return _changed(world, progress, "stepping", found.verdict, detail)
 

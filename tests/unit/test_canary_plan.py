@@ -112,6 +112,10 @@ class Stage:
             record=self.record,
             **world,
         )
+        obeyed = next_record(self.world)
+        if obeyed is not None and obeyed.paused != self.record.paused:
+            self.record = obeyed
+            self.world = replace(self.world, record=obeyed)
         said = advance(self.world, self.record)
         if said is not None:
             event = news(self.record.canary, said)
