@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 import click
 
+from paddlewheel.cli.canary_view import CanaryView, canary_view
 from paddlewheel.cli.connection import Connection, with_etcd
 from paddlewheel.cli.fleet_view import Fleet, read_fleet
 from paddlewheel.cli.options import OutputFormat, output_option
@@ -29,7 +30,10 @@ OBEYED_WITHIN_S = 15.0
 POLL_S = 0.1
 
 _STYLES = {Phase.COMMITTED: "green", Phase.ABORTED: "red"}
-_HEADINGS = ["MODEL", "REVISION", "BEFORE", "STRATEGY", "PHASE", "WAVE", "RELEASED", "SINCE", "WHY"]
+_HEADINGS = [
+    "MODEL", "REVISION", "BEFORE", "STRATEGY", "PHASE", "WAVE", "RELEASED", "SINCE",
+    "CANARY", "STEP", "SHARE", "VERDICT", "WHY",
+]  # fmt: skip
 
 
 class NoRollout(PaddlewheelError):
@@ -47,7 +51,8 @@ class NotObeyed(PaddlewheelError):
 def rollouts(model: str | None, etcd: EtcdOptions, output: OutputFormat) -> None:
     """Show how far the newest document of every model, or of MODEL, is in the fleet.
 
-    Only documents with a rollout other than the default have one.
+    Only documents with a rollout other than the default, or with a canary that grows by steps,
+    have one.
     """
     fleet = with_etcd(etcd, read_fleet)
     found = [
@@ -56,14 +61,29 @@ def rollouts(model: str | None, etcd: EtcdOptions, output: OutputFormat) -> None
     if output == "json":
         print_json({"rollouts": [record.to_dict() for record in found]})
         return
-    rows = [_row(record) for record in found]
+    rows = [_row(record, _canary(fleet, record)) for record in found]
     print_table(_HEADINGS, rows, empty="no rollout" + (f" of {model!r}" if model else ""))
     for record in found:
         for refusal in record.refused:
             say(f"{record.model}: {refusal.node}: {refusal.reason}", "yellow")
 
 
-def _row(record: RolloutRecord) -> list[object]:
+def _canary(fleet: Fleet, record: RolloutRecord) -> CanaryView | None:
+    stored = fleet.documents.get(record.model)
+    return canary_view(None if stored is None else stored.parsed, record)
+
+
+def _row(record: RolloutRecord, canary: CanaryView | None) -> list[object]:
+    canary_cells: list[object] = [None, None, None, None]
+    why = record.reason
+    if canary is not None:
+        canary_cells = [
+            canary.version,
+            canary.step,
+            f"{canary.percent:g} %",
+            cell(canary.verdict, canary.style),
+        ]
+        why = why or canary.detail
     return [
         record.model,
         record.revision,
@@ -75,7 +95,8 @@ def _row(record: RolloutRecord) -> list[object]:
         else f"{record.wave + 1}{' (baking)' if record.is_baking else ''}",
         ",".join(record.released),
         rfc3339_ms(record.since),
-        record.reason,
+        *canary_cells,
+        why,
     ]
 
 

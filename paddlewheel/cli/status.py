@@ -114,6 +114,8 @@ def notes(views: list[ModelView]) -> list[Text]:
         if seen.problem is not None:
             lines.append(cell(f"{seen.model}: document refused: {seen.problem}", "red"))
         lines += _rollout_notes(seen)
+        if seen.canary is not None:
+            lines.append(cell(f"{seen.model}: {seen.canary.line}", seen.canary.style))
         lines += [
             cell(f"{seen.model}: {entry['version']} is quarantined: {entry['reason']}", "yellow")
             for entry in seen.quarantine

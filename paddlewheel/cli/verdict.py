@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from paddlewheel.cli.canary_view import CanaryView, canary_view
 from paddlewheel.cli.fleet_view import Fleet
 from registry.names import ModelName, NodeId, Revision, Version
 from registry.records import Intent, ModelStatus, NodeRecord, ServableStatus
@@ -133,6 +134,8 @@ class ModelView:
     """The coordinator's word on a document; perhaps not yet on this one."""
     is_gated: bool = False
     """Whether the document waits for that word."""
+    canary: CanaryView | None = None
+    """How far its canary is, where that grows by steps or is judged."""
 
     @property
     def decided(self) -> RolloutRecord | None:
@@ -197,6 +200,9 @@ def view(fleet: Fleet, model: ModelName, revision: Revision | None = None) -> Mo
         rollout=fleet.rollouts.get(model),
         is_gated=(
             document is not None and document.parsed is not None and is_gated(document.parsed)
+        ),
+        canary=canary_view(
+            None if document is None else document.parsed, fleet.rollouts.get(model)
         ),
     )
 
