@@ -19,6 +19,7 @@ from router.access.caller import Caller
 from router.access.guard import Guarding
 from router.access.resources import OPEN_AND_ADMIN, READINESS, Area, resource_of
 from router.errors import BadRequest, MethodNotAllowed, NotFound
+from router.floor import FloorGate
 from router.http_admin import Admin
 from router.http_body import pack, read_body, wanted_packing
 from router.http_errors import JSON, PROBLEM
@@ -78,6 +79,10 @@ class App:
     @property
     def serving(self) -> Serving:
         return self._infer.published.serving
+
+    @property
+    def floors(self) -> FloorGate:
+        return self._infer.floors
 
     def publish(self, serving: Serving) -> None:
         """Serve from ``serving`` from the next request on; those under way keep what they read."""

@@ -53,7 +53,8 @@ class FloorGate:
     def __init__(self, table: Callable[[], RouteTable]) -> None:
         self._table = table
         self._changed: asyncio.Future[None] | None = None
-        self._waiting = 0
+        self.waiting = 0
+        """Requests that wait now."""
 
     def table_changed(self) -> None:
         """Look again, all who wait."""
@@ -70,18 +71,18 @@ class FloorGate:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + min(within_s, WAIT_MAX_S)
         while (revision := self._revision(model)) is not None and revision < floor:
-            if self._waiting >= WAITING_MAX or loop.time() >= until_s:
+            if self.waiting >= WAITING_MAX or loop.time() >= until_s:
                 raise Behind(model, floor, revision)
             if self._changed is None:
                 self._changed = loop.create_future()
-            self._waiting += 1
+            self.waiting += 1
             try:
                 async with asyncio.timeout_at(until_s):
                     await asyncio.shield(self._changed)
             except TimeoutError:
                 pass  # looked at once more above
             finally:
-                self._waiting -= 1
+                self.waiting -= 1
 
     def _revision(self, model: str) -> Revision | None:
         route = self._table().models.get(ModelName(model))

@@ -88,6 +88,16 @@ class FleetUnderTest:
                 f"{await self.seen()}\n{self.gateway.tail()}"
             ) from None
 
+    async def statuses(self) -> dict[str, ModelStatus]:
+        """What each node says of the model, by id."""
+        listing = await self.store.list_prefix(KEYS.status_prefix(MLP))
+        said = [ModelStatus.from_json(kv.value) for kv in listing.kvs]
+        return {status.node: status for status in said}
+
+    async def applied(self) -> dict[str, Revision | None]:
+        """The document that each node has in force, by id."""
+        return {id: said.applied_revision for id, said in (await self.statuses()).items()}
+
     async def until_applied(self, revision: Revision, *, within_s: float = SERVES_WITHIN_S) -> None:
         """Until every node says that this document is in force."""
 

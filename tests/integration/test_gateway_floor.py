@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import pytest
 
+from registry.names import Revision
+from router.serving import Serving
+from router.table import Route
+from tests.eventually import eventually
 from tests.fleets import M
 from tests.gateways import RawNode, Script, answer, gateway, raw_node
+from tests.integration.test_http_support import ONE, NumpyPredictor, running, servable, serving
 
 BARRIER: Mapping[str, Any] = {"strategy": "barrier"}
 OLD, NEW = {"X_Config_Revision": "9"}, {"X_Config_Revision": "10"}
@@ -114,3 +121,48 @@ async def test_where_nobody_reaches_it_the_client_gets_an_answer_all_the_same() 
         ):
             route = (await reply.json())["models"][M]
         assert (route["panic"], route["floor"]) == (True, 0)
+
+
+# --- the node's side ----------------------------------------------------------------------------
+
+
+def at_revision(revision: int) -> Serving:
+    predictor = NumpyPredictor(servable("one", "1"), ONE, 1.0)
+    pinned = {predictor.id.version: predictor.id}
+    route = Route(M, live=predictor.id, revision=Revision(revision), pinned=pinned)
+    return serving((replace(route, model=predictor.id.model), (predictor,)))
+
+
+async def infer(url: str, path: str = "/v2/models/one/infer", **headers: str) -> tuple[int, Any]:
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}
+    shown = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}{path}", json={"inputs": [tensor]}, headers=shown) as reply,
+    ):
+        return reply.status, reply.headers
+
+
+async def test_a_node_makes_a_request_wait_for_its_document() -> None:
+    async with running(at_revision(10)) as (app, url):
+        assert (await infer(url, X_Min_Config_Revision="10"))[0] == 200
+        waiting = asyncio.create_task(infer(url, X_Min_Config_Revision="11"))
+        await eventually(lambda: app.floors.waiting == 1, within_s=2)
+        app.publish(at_revision(11))
+        status, headers = await waiting
+        assert (status, headers["X-Config-Revision"]) == (200, "11")
+
+
+async def test_a_node_that_does_not_get_so_far_says_so() -> None:
+    async with running(at_revision(10)) as (app, url):
+        within = {"X_Request_Timeout_Ms": "60"}
+        status, headers = await infer(url, X_Min_Config_Revision="11", **within)
+        assert (status, headers["X-Config-Revision"], headers["Retry-After"]) == (503, "10", "1")
+        # Who names a version, or something that is not here, waits for nothing.
+        pinned = "/v2/models/one/versions/1/infer"
+        assert (await infer(url, pinned, X_Min_Config_Revision="99"))[0] == 200
+        unknown = "/v2/models/two/infer"
+        assert (await infer(url, unknown, X_Min_Config_Revision="99"))[0] == 404
+        for nonsense in ("x", "-1", "1" * 40):
+            assert (await infer(url, X_Min_Config_Revision=nonsense))[0] == 400
+        assert app.floors.waiting == 0
