@@ -71,6 +71,7 @@ class _Taken:
     text: bytes
     revision: Revision
     """Of the document in etcd when we took it: nobody else's write is ever deleted."""
+    key: str
     missing_since_s: float | None = None
 
 
@@ -172,17 +173,17 @@ class FolderSync:
         if taken is not None and taken.text == text:
             taken.missing_since_s = None
             return
-        key = self.keys.model(document.model)
+        key = document.key(self.keys)
         current = await self.store.get(key)
         while current is None or current.value != text:
             seen = Revision(0) if current is None else current.mod_revision
             done = await put_if(self.store, key, text, seen)
             if not isinstance(done, Conflict):
-                self._taken[document.model] = _Taken(text, done)
+                self._taken[document.model] = _Taken(text, done, key)
                 self.report(Report(Did.APPLIED, document.model, document.where, done))
                 return
             current = done.current
-        self._taken[document.model] = _Taken(text, current.mod_revision)
+        self._taken[document.model] = _Taken(text, current.mod_revision, key)
         self.report(Report(Did.UNCHANGED, document.model, document.where, current.mod_revision))
 
     async def _let_go(self, present: set[ModelName]) -> None:
@@ -201,7 +202,7 @@ class FolderSync:
                 del self._taken[model]
 
     async def _prune(self, model: ModelName, taken: _Taken) -> None:
-        key = self.keys.model(model)
+        key = taken.key
         done = await self.store.txn([ModRevisionIs(key, taken.revision)], [DeleteOp(key)])
         if done.succeeded or await self.store.get(key) is None:
             self.report(Report(Did.DELETED, model, "gone from the folder", done.revision))

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from pydantic import BaseModel
+
+from registry.pipeline_spec import PipelineDocument
 from registry.spec import ModelDocument
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -19,12 +22,21 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def model_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a model document. The caller's own copy."""
-    schema = ModelDocument.model_json_schema(by_alias=True, mode="validation")
+    return _schema_of(ModelDocument, "Paddlewheel model document")
+
+
+def pipeline_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a pipeline document. The caller's own copy."""
+    return _schema_of(PipelineDocument, "Paddlewheel pipeline document")
+
+
+def _schema_of(document: type[BaseModel], title: str) -> dict[str, Any]:
+    schema = document.model_json_schema(by_alias=True, mode="validation")
     for part in _objects(schema):
         _tidy(part)
     return {
         "$schema": DIALECT,
-        "title": "Paddlewheel model document",
+        "title": title,
         **{key: value for key, value in schema.items() if key != "title"},
     }
 
@@ -64,13 +76,20 @@ class SchemaField:
 
 
 def fields() -> tuple[SchemaField, ...]:
-    """Every field that may be written, in the order of the classes."""
+    """Every field that may be written in a model document, in the order of the classes."""
     return _fields()
 
 
 @cache
 def _fields() -> tuple[SchemaField, ...]:
     schema = model_schema()
+    return tuple(_walk(schema, schema, ""))
+
+
+@cache
+def pipeline_fields() -> tuple[SchemaField, ...]:
+    """Every field that may be written in a pipeline document."""
+    schema = pipeline_schema()
     return tuple(_walk(schema, schema, ""))
 
 

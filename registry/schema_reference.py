@@ -1,18 +1,30 @@
 """The table of docs/configuration.md, made from the schema (pure).
 
-``python -m registry.schema_reference`` prints it; a test keeps the page equal to it.
+``python -m registry.schema_reference [pipeline]`` prints it; a test keeps the pages equal to it.
 """
 
 from __future__ import annotations
 
-from registry.schema import fields
+import sys
+from collections.abc import Sequence
+
+from registry.schema import SchemaField, fields, pipeline_fields
 
 
 def reference() -> str:
-    """One Markdown table a section of the document, in the order of the classes."""
+    """One Markdown table a section of the model document, in the order of the classes."""
+    return _reference(fields())
+
+
+def pipeline_reference() -> str:
+    """The same for the pipeline document."""
+    return _reference(pipeline_fields())
+
+
+def _reference(listed: Sequence[SchemaField]) -> str:
     lines: list[str] = []
     section = None
-    for field in fields():
+    for field in listed:
         parts = field.path.split(".")
         here = ".".join(parts[:2]) if parts[0] == "spec" and len(parts) > 1 else parts[0]
         here = here.removesuffix("[]")
@@ -34,4 +46,4 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(pipeline_reference() if sys.argv[1:] == ["pipeline"] else reference(), end="")

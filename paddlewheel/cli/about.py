@@ -24,9 +24,10 @@ def version(output: OutputFormat) -> None:
 
 
 @click.command()
+@click.argument("kind", type=click.Choice(["model", "pipeline"]), default="model")
 @output_option
-def schema(output: OutputFormat) -> None:
-    """Print the JSON Schema of model documents, for editors and CI.
+def schema(kind: str, output: OutputFormat) -> None:
+    """Print the JSON Schema of a KIND of document (model unless given), for editors and CI.
 
     \b
     In VS Code's YAML extension:
@@ -35,7 +36,7 @@ def schema(output: OutputFormat) -> None:
     """
     del output  # JSON either way; taken so that every reading command takes the flag
     from paddlewheel.cli.output import print_json
-    from registry.schema import model_schema
+    from registry.schema import model_schema, pipeline_schema
 
-    print_json(model_schema())
+    print_json(pipeline_schema() if kind == "pipeline" else model_schema())
     sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 import click
@@ -11,6 +12,7 @@ from paddlewheel.cli.difference import print_difference
 from paddlewheel.cli.documents import Candidate, Read, Refused, read
 from paddlewheel.cli.options import dry_run_option, file_option, wait_options
 from paddlewheel.cli.output import say
+from paddlewheel.cli.pipelines import wait_for_pipelines
 from paddlewheel.cli.waiting import wait_until_converged
 from paddlewheel.cli.writing import Change, plan, write
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
@@ -78,16 +80,27 @@ async def carry_out(
     for change in changes:
         print_difference(change.difference())
     goals: dict[ModelName, Revision] = {}
+    pipelines: dict[ModelName, Revision] = {}
     for change in changes:
         if dry_run:
             note = "" if change.kind == "unchanged" else " (dry run: not written)"
             click.echo(f"{change.model} {change.kind}{note}")
             continue
         revision = await write(connection, change)
-        goals[change.model] = revision
+        if change.document_kind == "Model":
+            goals[change.model] = revision
+        elif change.document_kind == "Pipeline":
+            pipelines[change.model] = revision
         click.echo(f"{change.model} {change.kind} (revision {revision})")
     if timeout_s is not None and not dry_run:
-        await converge(connection, goals, timeout_s)
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        if goals:
+            await converge(connection, goals, timeout_s)
+        if pipelines:
+            left_s = max(0.1, deadline_s - asyncio.get_running_loop().time())
+            await wait_for_pipelines(connection, pipelines, timeout_s=left_s)
+            count = len(pipelines)
+            say(f"{count} pipeline{'s' * (count != 1)} accepted everywhere", "green")
 
 
 async def converge(

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import yaml
 
+from paddlewheel.cli.kinds import MODEL, Kind, kind_of
+from registry.document_tree import ConfigError
 from registry.errors import PaddlewheelError
+from registry.keys import Keys
 from registry.names import ModelName
-from registry.spec import ConfigError, parse_model
 
 SUFFIXES = (".yaml", ".yml", ".json")
 STDIN = "-"
@@ -36,7 +38,13 @@ class Candidate:
     """A document that parses and validates, on its way to etcd."""
 
     model: ModelName
+    """Its name, whatever kind it is: models and pipelines share one space of names."""
     source: Text
+    kind: Kind = MODEL
+
+    def key(self, keys: Keys) -> str:
+        """Where it stands in etcd."""
+        return self.kind.key(keys, self.model)
 
     @property
     def where(self) -> str:
@@ -149,14 +157,15 @@ def parse_file(file: str, content: bytes | OSError) -> Read:
     if not parts:
         problems.append(Problem(file, None, "", "no document in it"))
     for part in parts:
+        kind = kind_of(part.text)
         try:
-            spec = parse_model(part.text, name=None)
+            name = kind.parse(part.text)
         except ConfigError as exc:
             for error in exc.errors:
                 at = None if error.line is None else error.line + part.first_line - 1
                 problems.append(Problem(file, at, error.path, error.message))
         else:
-            documents.append(Candidate(spec.name, part))
+            documents.append(Candidate(name, part, kind))
     return Read(tuple(documents), tuple(problems))
 
 

@@ -13,6 +13,7 @@ from paddlewheel.cli.fleet_view import StoredDocument
 from paddlewheel.cli.history import find, read_history
 from paddlewheel.cli.options import OutputFormat, output_option
 from paddlewheel.cli.output import cell, print_json, print_table
+from paddlewheel.cli.pipelines import StoredPipeline, print_pipeline, stored_pipeline
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
 from registry.errors import PaddlewheelError
 from registry.keys import ModelKey
@@ -30,11 +31,17 @@ class NoSuchDocument(PaddlewheelError):
 @etcd_options
 @output_option
 def get(model: str | None, etcd: EtcdOptions, output: OutputFormat) -> None:
-    """List the models' documents, or print MODEL's document as it stands in etcd."""
+    """List the models' documents, or print MODEL's document as it stands in etcd.
+
+    MODEL may be a pipeline's name too; `paddlewheel pipelines` lists those.
+    """
     if model is None:
         _print_documents(with_etcd(etcd, _documents), output)
         return
-    document = with_etcd(etcd, lambda conn: _document(conn, ModelName(model)))
+    document = with_etcd(etcd, lambda conn: _any_document(conn, ModelName(model)))
+    if isinstance(document, StoredPipeline):
+        print_pipeline(document, output)
+        return
     if output == "json":
         print_json(
             {
@@ -58,6 +65,12 @@ async def _documents(connection: Connection) -> list[StoredDocument]:
         if isinstance(key, ModelKey):
             found.append(StoredDocument.of(key.model, kv))
     return found
+
+
+async def _any_document(connection: Connection, name: ModelName) -> StoredDocument | StoredPipeline:
+    kv = await connection.store.get(connection.keys.model(name))
+    pipeline = None if kv is not None else await stored_pipeline(connection, name)
+    return await _document(connection, name) if pipeline is None else pipeline
 
 
 async def _document(connection: Connection, model: ModelName) -> StoredDocument:

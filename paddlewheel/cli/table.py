@@ -43,6 +43,7 @@ SECTIONS: dict[str, tuple[Entry, ...]] = {
     "Look": (
         Entry("status", "paddlewheel.cli.status", "status", "Say what runs, against what should."),
         Entry("rollouts", "paddlewheel.cli.rollouts", "rollouts", "Say how far rollouts are."),
+        Entry("pipelines", "paddlewheel.cli.pipelines", "pipelines", "Say how pipelines do."),
         Entry("nodes", "paddlewheel.cli.fleet", "nodes", "List the registered nodes."),
         Entry("events", "paddlewheel.cli.fleet", "events", "List or follow events."),
         Entry("get", "paddlewheel.cli.reading", "get", "Show documents as etcd has them."),

@@ -17,6 +17,10 @@ from registry.store import KeyValue
 ChangeKind = Literal["created", "changed", "unchanged"]
 
 
+class NameTaken(PaddlewheelError):
+    """A document of another kind has this name; both would answer under it."""
+
+
 class Overtaken(PaddlewheelError):
     """Somebody else wrote the document after we had looked at it; ours was not written."""
 
@@ -31,6 +35,7 @@ class Change:
     new: bytes
     source: str
     """Where the new text comes from, for the difference's heading."""
+    document_kind: str = "Model"
 
     @property
     def kind(self) -> ChangeKind:
@@ -51,13 +56,21 @@ class Change:
 
 
 async def plan(connection: Connection, documents: Iterable[Candidate]) -> list[Change]:
-    """Compare each document with what etcd has now."""
+    """Compare each document with what etcd has now. Raises `NameTaken`."""
     changes: list[Change] = []
     for document in documents:
-        key = connection.keys.model(document.model)
+        key = document.key(connection.keys)
         old = await connection.store.get(key)
+        rival_key = document.kind.rival_key
+        if rival_key is not None and old is None:
+            rival = await connection.store.get(rival_key(connection.keys, document.model))
+            if rival is not None:
+                raise NameTaken(
+                    f"{document.where}: metadata.name: {document.model!r} is taken: there is "
+                    f"a document {rival.key}"
+                )
         new = document.source.text.encode()
-        changes.append(Change(document.model, key, old, new, document.where))
+        changes.append(Change(document.model, key, old, new, document.where, document.kind.name))
     return changes
 
 
