@@ -1,4 +1,4 @@
-"""An installed package of transforms, some of which misbehave, for the processes that a test starts.
+"""An installed package of transforms, some of which misbehave, for processes that a test starts.
 
 A folder with a module and its ``.dist-info`` on the path is all that installing comes to.
 """
