@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loader import wire
 from loader.arena import LIMIT_BYTES, Slot
 from loader.errors import LoaderError
+from loader.orphans import become_subreaper, watch_adopted
 from loader.worker import ORPHAN, Worker
 
 SPAWN_TIMEOUT_S = 10.0
@@ -33,6 +35,8 @@ class _Process:
 
     popen: subprocess.Popen[bytes]
     sock: socket.socket
+    leash_fd: int
+    """Its close ends the zygote and all its workers; -1 once closed."""
     ready: asyncio.Future[float]
     spawned: dict[int, asyncio.Future[tuple[int, int]]] = field(
         default_factory=dict[int, "asyncio.Future[tuple[int, int]]"]
@@ -40,9 +44,28 @@ class _Process:
     causes: dict[int, asyncio.Future[str]] = field(default_factory=dict[int, "asyncio.Future[str]"])
     """By pid: how each worker ended. A pid is listed from its birth to its report."""
 
+    def report(self, pid: int, cause_of_end: str) -> None:
+        """This worker has ended and was reaped."""
+        cause = self.causes.pop(pid, None)
+        if cause is not None and not cause.done():
+            cause.set_result(cause_of_end)
+
+    def let_go(self) -> None:
+        """Close the leash when nobody is left on it."""
+        if self.sock.fileno() < 0 and not self.causes:
+            self.cut()
+
+    def cut(self) -> None:
+        if self.leash_fd >= 0:
+            os.close(self.leash_fd)
+            self.leash_fd = -1
+
 
 class Zygote:
     """Forks workers that have paddle imported already. One a front; restarted when it dies.
+
+    Its workers serve on without it (`loader.orphans`); a new one is started when the next worker
+    is wanted.
 
     Not to be started from a short-lived thread: the kernel ends it with the thread that did.
     """
@@ -122,6 +145,7 @@ class Zygote:
             for slot in slots:
                 slot.close()
             if isinstance(exc, TimeoutError):
+                self._end(process)  # stopped or stuck: only another one helps
                 raise ZygoteFailed("no worker in time") from exc
             raise
         finally:
@@ -148,21 +172,26 @@ class Zygote:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        fd = theirs.fileno()
+        become_subreaper()
+        held_fd, leash_fd = os.pipe()
+        fds = (theirs.fileno(), held_fd)
+        numbers = [str(number) for number in (*fds, os.getpid())]
         try:
             popen = subprocess.Popen(
-                [self._python, "-P", "-m", "loader.zygote_main", str(fd), str(os.getpid())],
+                [self._python, "-P", "-m", "loader.zygote_main", *numbers],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(fd,),
+                pass_fds=fds,
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C is for the front, which drains first
             )
         except OSError as exc:
             ours.close()
+            os.close(leash_fd)
             raise ZygoteFailed(f"{self._python}: {exc}") from exc
         finally:
             theirs.close()
-        process = _Process(popen, ours, loop.create_future())
+            os.close(held_fd)
+        process = _Process(popen, ours, leash_fd, loop.create_future())
         self._process = process
         loop.add_reader(ours.fileno(), self._readable, process)
         return process
@@ -192,16 +221,14 @@ class Zygote:
                 if answer is not None and not answer.done():
                     answer.set_exception(ZygoteFailed(message["message"]))
             case "exited":
-                cause = process.causes.pop(message["pid"], None)
-                if cause is not None and not cause.done():
-                    cause.set_result(_code(message["status"]))
+                process.report(message["pid"], _code(message["status"]))
             case op:
                 raise wire.Nonsense(f"from the zygote: {op!r}")
         for fd in fds:
             os.close(fd)
 
     def _end(self, process: _Process) -> None:
-        """Forget this process; its workers end with it (PR_SET_PDEATHSIG)."""
+        """Forget this process. Its workers go on, as children of ours."""
         if self._process is process:
             self._process = None
         if process.sock.fileno() < 0:
@@ -209,16 +236,22 @@ class Zygote:
         asyncio.get_running_loop().remove_reader(process.sock.fileno())
         process.sock.close()
         process.popen.kill()
-        process.popen.wait()  # killed and single-threaded: at once
+        process.popen.wait()  # killed and single-threaded: at once; now its children are ours
         failed = ZygoteFailed("the zygote ended")
         unanswered: list[asyncio.Future[Any]] = [process.ready, *process.spawned.values()]
         for answer in unanswered:
             if not answer.done():
                 answer.set_exception(failed)
                 answer.exception()  # seen: nobody may be waiting
-        for cause in process.causes.values():
-            if not cause.done():
-                cause.set_result(ORPHAN)
+        if self._is_closed:
+            process.cut()
+        for pid in list(process.causes):
+            watch_adopted(pid, partial(self._adopted_ended, process, pid))
+        process.let_go()
+
+    def _adopted_ended(self, process: _Process, pid: int, status: int | None) -> None:
+        process.report(pid, ORPHAN if status is None else _code(status))
+        process.let_go()
 
 
 def _code(status: int) -> str:

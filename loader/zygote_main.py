@@ -1,9 +1,9 @@
 """The zygote: imports paddle once, then forks workers that have it already.
 
-``python -m loader.zygote_main <fd> <front's pid>``, started by `loader.zygote` with one end of a
-SEQPACKET socket. Packets in: ``{"op": "spawn", "id"}`` with the worker's descriptors (its socket,
-then two for each slot). Packets out: ``ready``, ``spawned`` (with a pidfd), ``refused``,
-``exited``.
+``python -m loader.zygote_main <fd> <leash fd> <front's pid>``, started by `loader.zygote` with one
+end of a SEQPACKET socket and the leash of `loader.orphans`. Packets in: ``{"op": "spawn", "id"}``
+with the worker's descriptors (its socket, then two for each slot). Packets out: ``ready``,
+``spawned`` (with a pidfd), ``refused``, ``exited``.
 
 It makes no predictor and touches no device: a fork of a process that did would be useless. It
 is single-threaded, and ends when its socket does.
@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from loader import wire
 from loader.arena import Slot
+from loader.orphans import end_group_with
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -35,8 +36,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class ZygoteProcess:
     """One loop over the front's socket and the pidfds of the children."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, leash_fd: int) -> None:
         self._sock = sock
+        self._leash_fd = leash_fd
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._children: dict[int, int] = {}
@@ -56,16 +58,17 @@ class ZygoteProcess:
         except ConnectionResetError:
             os._exit(0)
         if not data:
-            os._exit(0)  # the front is gone; PR_SET_PDEATHSIG takes the workers along
+            os._exit(
+                0
+            )  # the front is gone, or has given this zygote up; the workers are on its leash
         request_id = wire.unpacked(data)["id"]
-        own_pid = os.getpid()
         try:
             pid = os.fork()
         except OSError as exc:
             self._send({"op": "refused", "id": request_id, "message": f"fork: {exc.strerror}"})
         else:
             if pid == 0:
-                _become_worker(fds, own_pid)
+                _become_worker(fds, self._leash_fd)
             pidfd = os.pidfd_open(pid)
             self._children[pidfd] = pid
             self._poll.register(pidfd, select.POLLIN)
@@ -88,13 +91,12 @@ class ZygoteProcess:
             os._exit(0)
 
 
-def _become_worker(fds: list[int], zygote_pid: int) -> NoReturn:
+def _become_worker(fds: list[int], leash_fd: int) -> NoReturn:
     """In the child: keep nothing of the zygote but its memory, then serve until the end."""
     code = 70
     try:
-        _die_with(zygote_pid)
         _libc.prctl(_PR_SET_NAME, b"pw-worker", 0, 0, 0)
-        kept = sorted({0, 1, 2, *fds})
+        kept = sorted({0, 1, 2, leash_fd, *fds})
         for low, high in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
             os.closerange(low + 1, high)
         from loader.worker_main import WorkerProcess
@@ -122,7 +124,10 @@ def _ignore_interrupts() -> None:
 
 
 def main() -> None:
-    _die_with(int(sys.argv[2]))
+    leash_fd = int(sys.argv[2])
+    end_group_with(leash_fd)  # the workers too, whether this process still lives then or not
+    _die_with(int(sys.argv[3]))  # after it: the front may have ended before the leash was on
+    os.set_inheritable(leash_fd, False)
     _ignore_interrupts()
     os.dup2(2, 1)  # stdout is the front's alone
     _libc.prctl(_PR_SET_NAME, b"pw-zygote", 0, 0, 0)
@@ -136,7 +141,7 @@ def main() -> None:
     _ignore_interrupts()  # again: Paddle set its own handlers, and took them off
     gc.collect()
     gc.freeze()  # the collector of a worker leaves these pages alone, so they stay shared
-    zygote = ZygoteProcess(sock)
+    zygote = ZygoteProcess(sock, leash_fd)
     sock.send(wire.packed({"op": "ready", "import_s": time.perf_counter() - started_s}))
     zygote.main()
 

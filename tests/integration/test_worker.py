@@ -18,7 +18,6 @@ import pytest_asyncio
 from loader.errors import LoadFailed, NotAdmitted, WorkerDied
 from loader.params import ParamsFile, write_params
 from loader.program import read_program
-from loader.worker import ORPHAN
 from loader.zygote import Zygote, ZygoteFailed
 from paddlewheel.models.small import make_large, make_mlp, make_two_output
 from registry.inference import Array, BadInput
@@ -354,20 +353,59 @@ async def test_a_python_without_paddle_is_an_error(tmp_path: Path):
         await zygote.close()
 
 
-async def test_workers_end_with_their_zygote_and_it_is_started_again(mlp: Path):
+async def test_workers_outlive_their_zygote_and_it_is_started_again(mlp: Path):
+    before = open_fds()
+    zygote = Zygote()
+    worker, other = await serving(zygote, mlp), await serving(zygote, mlp)
+    first = zygote.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    await eventually(lambda: zygote.pid is None, within_s=5, what="zygote's end seen")
+    assert (await worker.run({"x": rows()}, timeout_s=10)).outputs
+    again = await serving(zygote, mlp)
+    assert zygote.pid not in (None, first)
+    for one in (worker, again):
+        assert (await one.run({"x": rows()}, timeout_s=10)).outputs
+    # how an adopted worker ended is seen as before, and it is reaped
+    os.kill(other.pid, signal.SIGSEGV)
+    assert await asyncio.wait_for(other.died, 5) == "SIGSEGV"
+    os.kill(worker.pid, signal.SIGSTOP)  # closed, not waited for: nothing of it is left either
+    await zygote.close()
+    for one in (worker, other, again):
+        assert not psutil.pid_exists(one.pid)
+    assert open_fds() == before
+
+
+async def test_a_death_shortly_before_the_zygotes_is_told_apart(mlp: Path):
+    """The zygote has no time to report it: the front reaps it."""
     zygote = Zygote()
     worker = await serving(zygote, mlp)
     first = zygote.pid
     assert first is not None
-    os.kill(worker.pid, signal.SIGSTOP)  # even one that cannot see its socket's end
+    os.kill(first, signal.SIGSTOP)
+    os.kill(worker.pid, signal.SIGABRT)
     os.kill(first, signal.SIGKILL)
-    assert await asyncio.wait_for(worker.died, 5) == ORPHAN
-    await eventually(lambda: not is_running(worker.pid), within_s=2, what="worker gone")
-    again = await serving(zygote, mlp)
-    assert zygote.pid not in (None, first)
-    assert (await again.run({"x": rows()}, timeout_s=10)).outputs
+    assert await asyncio.wait_for(worker.died, 5) == "SIGABRT"
+    assert not psutil.pid_exists(worker.pid)
     await zygote.close()
-    assert not is_running(again.pid)
+
+
+async def test_a_zygote_that_answers_no_more_is_replaced(
+    mlp: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("loader.zygote.SPAWN_TIMEOUT_S", 0.3)
+    zygote = Zygote()
+    worker = await serving(zygote, mlp)
+    first = zygote.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(ZygoteFailed):
+        await zygote.spawn()
+    assert not is_running(first)
+    monkeypatch.undo()
+    assert (await (await serving(zygote, mlp)).run({"x": rows()}, timeout_s=10)).outputs
+    assert (await worker.run({"x": rows()}, timeout_s=10)).outputs
+    await zygote.close()
 
 
 async def test_a_worker_holds_only_its_own_descriptors(zygote: Zygote, mlp: Path):
@@ -400,7 +438,8 @@ async def test_many_workers_leave_nothing_in_the_front(zygote: Zygote, mlp: Path
     assert not psutil.Process(zygote.pid).children()
 
 
-async def test_nothing_outlives_a_front_that_is_killed(mlp: Path):
+@pytest.mark.parametrize("has_zygote", [True, False], ids=["", "its zygote ended before"])
+async def test_nothing_outlives_a_front_that_is_killed(mlp: Path, has_zygote: bool):
     script = textwrap.dedent("""
         import asyncio, sys
         from pathlib import Path
@@ -426,6 +465,10 @@ async def test_nothing_outlives_a_front_that_is_killed(mlp: Path):
         maps = Path(f"/proc/{pid}/maps").read_text()  # noqa: ASYNC240
         assert "/dev/shm/" not in maps
     os.kill(pids[2], signal.SIGSTOP)  # not even one that cannot run
+    if not has_zygote:
+        os.kill(pids[0], signal.SIGKILL)
+        await eventually(lambda: not is_running(pids[0]), within_s=2, what="zygote gone")
+        assert all(is_running(pid) for pid in pids[1:])
     process.kill()
     await process.wait()
     await eventually(lambda: not any(map(is_running, pids)), within_s=2, what="all gone")
