@@ -19,7 +19,8 @@ from tests.gateways import RawNode, Script, answer, gateway, raw_node
 from tests.integration.test_http_support import ONE, NumpyPredictor, running, servable, serving
 
 BARRIER: Mapping[str, Any] = {"strategy": "barrier"}
-OLD, NEW = {"X_Config_Revision": "9"}, {"X_Config_Revision": "10"}
+OLD: Mapping[str, Any] = {"X_Config_Revision": "9"}
+NEW: Mapping[str, Any] = {"X_Config_Revision": "10"}
 
 
 def behind_or(script: Script) -> Script:

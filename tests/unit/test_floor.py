@@ -184,7 +184,7 @@ class Gateway:
         self.documents = {M: {Revision(10): document(strategy), Revision(12): document(strategy)}}
         self.say(**nodes)
 
-    def say(self, rollout: RolloutRecord | None = None, **nodes: tuple[int, int]) -> None:
+    def say(self, rollout: RolloutRecord | None = None, /, **nodes: tuple[int, int]) -> None:
         fleet = fold(
             (
                 event
