@@ -2,7 +2,8 @@
 
 The plan is one line of JSON on standard input; closing standard input (or dying) ends the run
 early and still gives a result. Events come as lines of JSON on standard output: ``tick`` each
-second, ``result`` at the end.
+second, ``result`` at the end. A result of many samples goes through a file that both have open:
+through the pipe, its last part was lost now and then.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import base64
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 import click
@@ -27,8 +29,6 @@ from paddlewheel.bench.report import load_table, print_table
 from paddlewheel.bench.samples import Result, Sample
 from registry.errors import PaddlewheelError
 
-_LINE_MAX_BYTES = 1 << 30
-"""A result is one line, with a row for each request."""
 _END_TIMEOUT_S = 60.0
 
 
@@ -108,16 +108,18 @@ class LoadProcess:
         cls, plan: Plan, *, on_tick: Callable[[dict[str, Any]], None] | None = None
     ) -> LoadProcess:
         """Start the process. Requests begin to leave some 0.3 s later (a Python start)."""
+        shared = tempfile.TemporaryFile()  # noqa: SIM115  closed by who reads it
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "paddlewheel.bench.load", "--json", "-",
+            "--result-fd", str(shared.fileno()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            limit=_LINE_MAX_BYTES,
+            pass_fds=(shared.fileno(),),
         )  # fmt: skip
         assert process.stdin is not None
         process.stdin.write(plan.dump() + b"\n")
         await process.stdin.drain()
-        reader = asyncio.get_running_loop().create_task(_read_events(process, on_tick))
+        reader = asyncio.get_running_loop().create_task(_read_events(process, shared, on_tick))
         return cls(process, reader)
 
     async def stop(self) -> Result:
@@ -147,18 +149,22 @@ class LoadProcess:
 
 
 async def _read_events(
-    process: asyncio.subprocess.Process, on_tick: Callable[[dict[str, Any]], None] | None
+    process: asyncio.subprocess.Process,
+    shared: IO[bytes],
+    on_tick: Callable[[dict[str, Any]], None] | None,
 ) -> Result:
     assert process.stdout is not None
-    while (line := await process.stdout.readline()).endswith(b"\n"):
-        event = cast("dict[str, Any]", orjson.loads(line))
-        if event["event"] == "result":
-            return Result.from_json(event)
-        if on_tick is not None:
-            on_tick(event)
-    code = await process.wait()
-    cut = f"; its last line was cut after {len(line)} bytes" if line else ""
-    raise LoadFailed(f"the load generator ended with {code} and without a result{cut}")
+    with shared:
+        while (line := await process.stdout.readline()).endswith(b"\n"):
+            event = cast("dict[str, Any]", orjson.loads(line))
+            if on_tick is not None and event["event"] == "tick":
+                on_tick(event)
+        code = await process.wait()
+        shared.seek(0)
+        written = shared.read()
+    if not written.endswith(b"\n"):
+        raise LoadFailed(f"the load generator ended with {code} and without a result")
+    return Result.from_json(orjson.loads(written))
 
 
 # --- the process itself -----------------------------------------------------------------------
@@ -246,6 +252,7 @@ async def _stop_at_end_of_stdin(stop: asyncio.Event) -> None:
 @click.option("--duration", "duration_s", default=10.0, show_default=True, help="Seconds.")
 @click.option("--timeout", "timeout_s", default=30.0, show_default=True, help="Per request.")
 @click.option("--json", "as_json", is_flag=True, help="Events and the result as lines of JSON.")
+@click.option("--result-fd", type=int, hidden=True, help="Write the result there instead.")
 def main(
     plan_file: str | None,
     url: str | None,
@@ -255,6 +262,7 @@ def main(
     duration_s: float,
     timeout_s: float,
     as_json: bool,
+    result_fd: int | None,
 ) -> None:
     """Send requests at a fixed rate, whether answers come or not, and report what came back.
 
@@ -270,7 +278,12 @@ def main(
         plan = Plan.parse(Path(plan_file or "").read_bytes())
     result = uvloop.run(_run(plan, watch_stdin=plan_file == "-", quiet=not as_json))
     if as_json:
-        _emit({"event": "result", **result.to_json(with_samples=plan_file is not None)})
+        event = {"event": "result", **result.to_json(with_samples=plan_file is not None)}
+        if result_fd is None:
+            _emit(event)
+        else:
+            with os.fdopen(result_fd, "wb") as file:
+                file.write(orjson.dumps(event) + b"\n")
     else:
         print_table(load_table(result))
     if result.failed:
