@@ -48,7 +48,11 @@ _OURS = frozenset((TIMEOUT_HEADER.lower().encode(), FLOOR_HEADER.lower().encode(
 
 
 class StreamedBody:
-    """A body that passes piece by piece; ``began`` once a piece of it is gone."""
+    """A body that passes piece by piece.
+
+    What passed is kept up to ``keep_bytes``; until then it can be sent from its start again, to
+    another node.
+    """
 
     def __init__(
         self,
@@ -56,32 +60,48 @@ class StreamedBody:
         limit_bytes: int,
         *,
         chunked: bool,
+        keep_bytes: int,
         timeout_s: float = UPLOAD_TIMEOUT_S,
     ) -> None:
         self.timeout_s = timeout_s
         self._content = content
         self._limit_bytes = limit_bytes
         self._chunked = chunked
-        self.began = False
+        self._keep_bytes = keep_bytes
+        self._kept: list[bytes] | None = []
+        self._size = 0
         self.ended = False
 
+    @property
+    def can_replay(self) -> bool:
+        """Whether all that was taken from the client is still here."""
+        return self._kept is not None
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
-        self.began = True
-        while True:
+        """From the body's start. Raises `BadRequest`, `BodyTooLarge`."""
+        for piece in [*(self._kept or ())]:
+            yield self._framed(piece)
+        while not self.ended:
             try:
                 piece = await self._content.readany()
             except (web.RequestPayloadError, HttpProcessingError) as exc:
                 raise BadRequest(f"the body broke off: {exc}") from exc
             if not piece:
+                self.ended = True
                 break
-            size += len(piece)
-            if size > self._limit_bytes:
+            self._size += len(piece)
+            if self._size > self._limit_bytes:
                 raise too_large(self._limit_bytes)
-            yield b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece
-        self.ended = True
+            if self._kept is not None:
+                self._kept.append(piece)
+                if self._size > self._keep_bytes:
+                    self._kept = None
+            yield self._framed(piece)
         if self._chunked:
             yield b"0\r\n\r\n"
+
+    def _framed(self, piece: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece
 
 
 Body = bytes | StreamedBody
@@ -117,7 +137,10 @@ async def take_body(
             raise too_large(limit_bytes)
         return body
     if length is None or length > replay_max_bytes:
-        return StreamedBody(content, limit_bytes, chunked=length is None, timeout_s=timeout_s)
+        return StreamedBody(
+            content, limit_bytes, chunked=length is None, keep_bytes=replay_max_bytes,
+            timeout_s=timeout_s,
+        )  # fmt: skip
     try:
         async with asyncio.timeout(timeout_s):
             return await content.read()
@@ -240,7 +263,7 @@ class Proxy:
         if (
             again is None
             or not rotation.tuning.retries
-            or (isinstance(body, StreamedBody) and body.began)
+            or (isinstance(body, StreamedBody) and not body.can_replay)
         ):
             return _give_up(first, model)
         self._on_retry(model, why)
@@ -281,12 +304,13 @@ class Proxy:
             self._node_failed(upstream, model, exc)
             raise
         except TimeoutError as exc:
-            if isinstance(body, StreamedBody) and body.began and not body.ended:
+            is_abandoned = until_s - loop.time() > _CLOCK_S
+            if isinstance(body, StreamedBody) and not body.ended and not is_abandoned:
                 raise SlowUpload("the body did not arrive in time") from exc
             silent = UpstreamFailed(upstream.id, "no answer", refused=False, stale=False)
             self._node_failed(upstream, model, silent)
-            if until_s - loop.time() > _CLOCK_S:
-                raise silent from exc  # abandoned: its probes found it silent
+            if is_abandoned:
+                raise silent from exc  # its probes found it silent
             raise DeadlineExceeded(
                 f"model {model!r}: no answer from node {upstream.id!r} in the time it had"
             ) from exc

@@ -11,7 +11,7 @@ import asyncio
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 
 from aiohttp import ClientError, StreamReader
@@ -269,16 +269,16 @@ async def _answer(connection: ResponseHandler) -> tuple[RawResponseMessage, Stre
 async def _upload(
     connection: ResponseHandler, head: bytes, body: AsyncIterable[bytes]
 ) -> tuple[RawResponseMessage, StreamReader]:
-    """Send piece by piece; a node that answers before the end (413) is listened to."""
+    """Send piece by piece; a node that answers before the end (413), or ends, is listened to."""
     answer = asyncio.ensure_future(_answer(connection))
+    pieces = aiter(body)
     try:
         _write(connection, head, b"")
-        async for piece in body:
-            if answer.done():
-                connection.force_close()  # the rest of the body will never be sent
-                break
+        while piece := await _next_unless(answer, pieces):
             _write(connection, piece, b"")
             await connection._drain_helper()  # pyright: ignore[reportPrivateUsage]
+        if piece is None:
+            connection.force_close()  # the rest of the body will never be sent
         return await answer
     except OSError:
         if answer.done() and not answer.cancelled() and answer.exception() is None:
@@ -286,7 +286,25 @@ async def _upload(
             return answer.result()
         raise
     finally:
+        if isinstance(pieces, AsyncGenerator):
+            await pieces.aclose()
         if not answer.done():
             answer.cancel()
         elif not answer.cancelled():
             answer.exception()  # looked at: it is this exchange's failure already
+
+
+async def _next_unless(
+    answer: asyncio.Future[tuple[RawResponseMessage, StreamReader]], pieces: AsyncIterator[bytes]
+) -> bytes | None:
+    """The next piece, ``b""`` at their end; ``None`` when there is an answer, or no node, first."""
+    if answer.done():
+        return None
+    piece = asyncio.ensure_future(anext(pieces, b""))
+    try:
+        await asyncio.wait((piece, answer), return_when=asyncio.FIRST_COMPLETED)
+        return piece.result() if piece.done() else None
+    finally:
+        if not piece.done():
+            piece.cancel()
+            await asyncio.wait((piece,))  # before anybody else asks for a piece
