@@ -142,7 +142,7 @@ class PipelineOutput(Value):
     name: Text
     """What answers call it."""
     source: ReferenceText = Field(validation_alias="from", serialization_alias="from")
-    """``<step>.<output>``; an output's position will do: ``det.0``."""
+    """``step.output``; an output's position will do: ``det.0``."""
     datatype: Datatype | None = None
     """As of the step that makes it, where this is not given."""
     shape: TensorShape | None = None
@@ -171,7 +171,7 @@ class Step(Value):
     inputs: Annotated[Mapping[Text, ReferenceText], frozen] = Field(
         default_factory=FrozenDict[str, str]
     )
-    """Its input to where that comes from: ``request.<input>`` or ``<step>.<output>``."""
+    """Its input to where that comes from: ``request.input`` or ``step.output``."""
     timeout_s: PositiveSeconds | None = None
     """Seconds for this step alone, within those of the request."""
 
