@@ -309,6 +309,20 @@ async def test_paused_it_holds_aborted_it_ends(stage: Stage) -> None:
     assert ended.detail == "aborted by tester"
 
 
+async def test_faults_in_copies_take_a_shadow_out_before_it_answered_anybody(stage: Stage) -> None:
+    await stage.serve(mirror={"percent": 100})
+    for id in NODES:
+        await stage.fleet[id].drill(stage.models.name, version="2", kind="code", code=-101, count=3)
+    async with steady(stage.gateway, stage.models, rate_per_s=60) as running:
+
+        async def is_out() -> bool:
+            return await stage.fleet.quarantine(stage.models.name, "2") is not None
+
+        await eventually(is_out, within_s=15, what="quarantined")
+        result = await running.stop()
+    assert result.by(lambda sample: sample.version).keys() == {"1"}
+
+
 async def test_a_shadow_is_compared_and_judged_without_any_traffic(stage: Stage) -> None:
     """Both versions tell who they are in one output, so exact answers never agree."""
     await stage.serve(mirror={"percent": 100}, gates={**GATES, "agreement": 0.9})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,3 +76,10 @@ CASES = {
 def test_the_line(of: ModelDocument | None, said: RolloutRecord | None, wanted: str | None) -> None:
     seen = canary_view(of, said)
     assert (None if seen is None else seen.line) == wanted
+
+
+def test_the_page_about_canaries_shows_the_example() -> None:
+    root = Path(__file__).parents[2]
+    example = (root / "configs" / "canary-steps.yaml").read_text()
+    section = example[example.index("  canary:") :]
+    assert section in (root / "docs" / "canary.md").read_text()
