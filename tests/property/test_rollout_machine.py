@@ -11,7 +11,13 @@ from itertools import pairwise
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from paddlewheel.rollout.plan import next_record
 from paddlewheel.rollout.reading import SETTLE_S
@@ -39,6 +45,7 @@ ROLLOUTS = [
     "strategy: barrier",
     "strategy: barrier, require_ack: 50",
     "strategy: waves, waves: [{percent: 25, bake_s: 5}, {percent: 50, bake_s: 0}]",
+    "strategy: waves, waves: [{percent: 25, bake_s: 0}, {percent: 50, bake_s: 0}]",
     "strategy: waves, require_ack: 50, waves: [{labels: {zone: a}, bake_s: 5}]",
 ]
 DOCUMENTS = {rollout: document("1", rollout) for rollout in ROLLOUTS}
@@ -86,34 +93,54 @@ class Rollouts(RuleBasedStateMachine):
         """All that were ever written."""
         self.waited_s = 0.0
 
+    @initialize(rollout=st.sampled_from(ROLLOUTS), count=st.integers(0, 4))
+    def begin(self, rollout: str, count: int) -> None:
+        for at, id_ in enumerate(NODES[:count]):
+            self.join(id_, at % 2 == 0)
+        self.put("", 0)
+        for node in self.nodes.values():
+            self.do_well(node)
+        self.put(rollout, 0)
+
     # --- users --------------------------------------------------------------------------------
 
-    @rule(rollout=st.sampled_from(ROLLOUTS))
-    def put(self, rollout: str) -> None:
+    @rule(rollout=st.sampled_from(ROLLOUTS), but=st.integers(0, 3))
+    def put(self, rollout: str, but: int) -> None:
+        if but:
+            return  # seldom: it ends what was under way
         self.revision = Revision(self.revision + 1)
         self.newest = self.revision
         self.documents[self.revision] = DOCUMENTS[rollout]
 
     @precondition(lambda self: self.newest)
-    @rule(kind=st.sampled_from(list(OrderKind)), late=st.booleans())
-    def give_order(self, kind: OrderKind, late: bool) -> None:
+    @rule(kind=st.sampled_from(list(OrderKind)), late=st.booleans(), but=st.integers(0, 2))
+    def give_order(self, kind: OrderKind, late: bool, but: int) -> None:
+        if but:
+            return
         revision = Revision(self.newest - late)
         self.order = Order(order=kind, revision=revision, at=AT)
 
     # --- nodes --------------------------------------------------------------------------------
 
     @rule(id_=st.sampled_from(NODES), in_zone=st.booleans())
+    def join_late(self, id_: NodeId, in_zone: bool) -> None:
+        self.join(id_, in_zone)
+
     def join(self, id_: NodeId, in_zone: bool) -> None:
         self.nodes.setdefault(id_, Node(id_, {"zone": "a"} if in_zone else {}))
 
     @precondition(lambda self: self.nodes)
-    @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), but=st.integers(0, 2))
+    def leave(self, data: st.DataObject, but: int) -> None:
+        if but:
+            return
         del self.nodes[self.pick(data).id]
 
     @precondition(lambda self: self.nodes)
-    @rule(data=st.data())
-    def drain(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), but=st.integers(0, 2))
+    def drain(self, data: st.DataObject, but: int) -> None:
+        if but:
+            return
         self.pick(data).is_draining = True
 
     @precondition(lambda self: self.nodes and self.newest)
@@ -147,13 +174,22 @@ class Rollouts(RuleBasedStateMachine):
                 node.applied.append(wanted)
 
     @precondition(lambda self: self.nodes and self.newest)
-    @rule()
-    def all_do_well(self) -> None:
-        """Else most rollouts of four nodes would never get anywhere."""
+    @rule(data=st.data(), looks=st.integers(0, 3))
+    def one_does_well(self, data: st.DataObject, looks: int) -> None:
+        """Else most rollouts would never get anywhere."""
+        self.do_well(self.pick(data))
+        self.look(looks)
+
+    @precondition(lambda self: self.nodes and self.newest)
+    @rule(looks=st.integers(0, 3))
+    def all_do_well(self, looks: int) -> None:
         for node in self.nodes.values():
-            node.newest, node.record = self.newest, self.record
-            if self.newest in node.refused | node.failed:
-                continue
+            self.do_well(node)
+        self.look(looks)
+
+    def do_well(self, node: Node) -> None:
+        node.newest, node.record = self.newest, self.record
+        if self.newest not in node.refused | node.failed:
             node.prepared.add(self.newest)
             found = standing(self.documents[self.newest], self.newest, self.record, node.id)
             if found.stand is Stand.APPLY:
@@ -171,13 +207,17 @@ class Rollouts(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 5.0, 600.0]))
     def wait(self, seconds: float) -> None:
         self.waited_s += seconds
+        self.step()
 
     @rule()
     def replace_coordinator(self) -> None:
         self.waited_s = 0.0
 
-    @precondition(lambda self: self.newest)
-    @rule()
+    @rule(times=st.integers(1, 3))
+    def look(self, times: int) -> None:
+        for _ in range(times):
+            self.step()
+
     def step(self) -> None:
         world = self.world()
         record = next_record(world)
@@ -266,5 +306,5 @@ class Rollouts(RuleBasedStateMachine):
                     assert (node.id, revision) in given
 
 
-Rollouts.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Rollouts.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestRollouts = Rollouts.TestCase
