@@ -12,8 +12,10 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
@@ -21,9 +23,10 @@ import pytest
 
 from paddlewheel.bench.samples import Result
 from registry.names import Revision
-from registry.rollouts import Phase, RolloutRecord
+from registry.rollouts import Order, OrderKind, Phase, RolloutRecord
 from tests.etcd import EtcdCluster, etcd_cluster
 from tests.eventually import eventually
+from tests.fault.rollback_stage import ask
 from tests.fleet import FleetNode, FleetUnderTest, fleet
 from tests.node import SERVES_WITHIN_S, http_get
 from tests.served import KEYS, MLP, traffic
@@ -35,6 +38,9 @@ RATE_PER_S = 100.0
 COMMITTED_WITHIN_S = 60.0
 KILL_WITHIN_S = 2.0
 """Of the document's put: the nodes are getting ready, or have just changed."""
+STOPPED_S = 0.7
+"""Less than its lease, and than two probes without an answer."""
+AT_ONCE = 30
 WATCHED_S = 0.3
 """How long a version serves before the next document, at least."""
 BARRIER = {"strategy": "barrier", "timeout_s": 60}
@@ -68,25 +74,30 @@ async def test_no_client_sees_the_new_version_and_then_the_old_one(world: FleetU
     rng = random.Random(SEED)
     changes = list[Change]()
     coming_back: asyncio.Task[None] | None = None
-    killed_what = dict[str, int]()
-    # Half of them are killed, in turns, so that a short run has each.
-    plan = ["node", "nobody", "coordinator", "nobody"] * math.ceil(ROLLOUTS / 4)
-    if len(set(plan)) + 1 < ROLLOUTS:
+    happened = Counter[str]()
+    plan = ["node", "late", "coordinator", "nobody"] * math.ceil(ROLLOUTS / 4)
+    if len(set(plan)) < ROLLOUTS:
         rng.shuffle(plan)
     async with traffic(world.gateway.http, world.models, rate_per_s=RATE_PER_S) as running:
         for number, what in enumerate(plan[:ROLLOUTS]):
             live = "21"[number % 2]
             if what != "nobody" and coming_back is not None:
-                await coming_back
+                await coming_back  # one at a time: the others serve
                 coming_back = None
             revision = await world.models.put(world.store, live)
             victim = None
             changes.append(Change(live, time.monotonic()))
-            if what != "nobody":
-                await passes(rng.uniform(0, KILL_WITHIN_S))
-                victim = await (coordinator if what == "coordinator" else any_node)(world, rng)
-                coming_back = asyncio.create_task(kill_and_restart(victim))
-                killed_what[what] = killed_what.get(what, 0) + 1
+            happened[what] += 1
+            match what:
+                case "node" | "coordinator":
+                    await passes(rng.uniform(0, KILL_WITHIN_S))
+                    leads = await coordinator(world)
+                    victim = leads if what == "coordinator" and leads else rng.choice(world.nodes)
+                    coming_back = asyncio.create_task(kill_and_restart(victim))
+                case "late":
+                    await one_hears_the_word_late(world, revision, live, rng)
+                case _:
+                    pass
             await until_committed(world, revision)
             others = [node for node in world.nodes if node is not victim]
             await until_in_force(world, others, revision)
@@ -98,7 +109,7 @@ async def test_no_client_sees_the_new_version_and_then_the_old_one(world: FleetU
     took_s = [first_answer_s(result, changes, at) - c.put_s for at, c in enumerate(changes)]
     older = [olds(result, changes, at) for at in range(len(changes))]
     print(
-        f"{len(changes)} rollouts, killed {killed_what}; {len(result)} requests, "
+        f"{len(changes)} rollouts: {dict(happened)}; {len(result)} requests, "
         f"{result.failed} failed, {sum(older)} old after new; "
         f"document to first new answer {min(took_s):.2f} to {max(took_s):.2f} s; "
         f"p50 {result.latency_s(50) * 1e3:.1f} ms, p99 {result.latency_s(99) * 1e3:.1f} ms, "
@@ -133,15 +144,44 @@ async def passes(seconds: float) -> None:
     await eventually(lambda: time.monotonic() >= until_s, within_s=seconds + 5)
 
 
-async def any_node(world: FleetUnderTest, rng: random.Random) -> FleetNode:
-    return rng.choice(world.nodes)
-
-
-async def coordinator(world: FleetUnderTest, rng: random.Random) -> FleetNode:
+async def coordinator(world: FleetUnderTest) -> FleetNode | None:
     kv = await world.store.get(KEYS.coordinator)
     named = None if kv is None else orjson.loads(kv.value)["id"]
-    found = [node for node in world.nodes if node.id == named]
-    return found[0] if found else rng.choice(world.nodes)
+    return next((node for node in world.nodes if node.id == named), None)
+
+
+async def one_hears_the_word_late(
+    world: FleetUnderTest, revision: Revision, live: str, rng: random.Random
+) -> None:
+    """A node that is ready stands still while the others change, with requests on their way to it,
+    and goes on with the old table and the word both to be read."""
+    await order(world, revision, OrderKind.PAUSE)
+
+    async def all_ready() -> bool:
+        said = (await world.statuses()).values()
+        return [status.prepared_revision for status in said] == [revision] * len(world.nodes)
+
+    await eventually(all_ready, within_s=SERVES_WITHIN_S, what="ready everywhere")
+    leads = await coordinator(world)
+    victim = rng.choice([node for node in world.nodes if node is not leads])
+    victim.process.signal(signal.SIGSTOP)
+    try:
+        await order(world, revision, OrderKind.RESUME)
+        await until_committed(world, revision)
+        await until_in_force(world, [n for n in world.nodes if n is not victim], revision)
+        await passes(WATCHED_S)  # the gateway has passed on an answer of the new one
+        # So many at once that it is asked too.
+        asked = [asyncio.create_task(ask(world.gateway, world.models)) for _ in range(AT_ONCE)]
+        await passes(STOPPED_S - WATCHED_S)
+    finally:
+        victim.process.signal(signal.SIGCONT)
+    answers = await asyncio.gather(*asked)
+    assert {(each.status, each.version) for each in answers} == {(200, live)}
+
+
+async def order(world: FleetUnderTest, revision: Revision, kind: OrderKind) -> None:
+    record = Order(order=kind, revision=revision, at=datetime.now(UTC))
+    await world.store.put(KEYS.order(MLP), record.to_json())
 
 
 async def kill_and_restart(node: FleetNode) -> None:
