@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from registry.gateway_spec import GatewayDocument
 from registry.pipeline_spec import PipelineDocument
 from registry.spec import ModelDocument
 
@@ -28,6 +29,11 @@ def model_schema() -> dict[str, Any]:
 def pipeline_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a pipeline document. The caller's own copy."""
     return _schema_of(PipelineDocument, "Paddlewheel pipeline document")
+
+
+def gateway_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the gateway document. The caller's own copy."""
+    return _schema_of(GatewayDocument, "Paddlewheel gateway document")
 
 
 def _schema_of(document: type[BaseModel], title: str) -> dict[str, Any]:
@@ -90,6 +96,13 @@ def _fields() -> tuple[SchemaField, ...]:
 def pipeline_fields() -> tuple[SchemaField, ...]:
     """Every field that may be written in a pipeline document."""
     schema = pipeline_schema()
+    return tuple(_walk(schema, schema, ""))
+
+
+@cache
+def gateway_fields() -> tuple[SchemaField, ...]:
+    """Every field that may be written in the gateway document."""
+    schema = gateway_schema()
     return tuple(_walk(schema, schema, ""))
 
 

@@ -1,6 +1,7 @@
 """The table of docs/configuration.md, made from the schema (pure).
 
-``python -m registry.schema_reference [pipeline]`` prints it; a test keeps the pages equal to it.
+``python -m registry.schema_reference [pipeline|gateway]`` prints it; a test keeps the pages
+equal to it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from registry.schema import SchemaField, fields, pipeline_fields
+from registry.schema import SchemaField, fields, gateway_fields, pipeline_fields
 
 
 def reference() -> str:
@@ -19,6 +20,11 @@ def reference() -> str:
 def pipeline_reference() -> str:
     """The same for the pipeline document."""
     return _reference(pipeline_fields())
+
+
+def gateway_reference() -> str:
+    """The same for the gateway document."""
+    return _reference(gateway_fields())
 
 
 def _reference(listed: Sequence[SchemaField]) -> str:
@@ -46,4 +52,5 @@ def _reference(listed: Sequence[SchemaField]) -> str:
 
 
 if __name__ == "__main__":
-    print(pipeline_reference() if sys.argv[1:] == ["pipeline"] else reference(), end="")
+    pages = {"pipeline": pipeline_reference, "gateway": gateway_reference}
+    print(pages.get("".join(sys.argv[1:]), reference)(), end="")

@@ -24,7 +24,7 @@ def version(output: OutputFormat) -> None:
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["model", "pipeline"]), default="model")
+@click.argument("kind", type=click.Choice(["model", "pipeline", "gateway"]), default="model")
 @output_option
 def schema(kind: str, output: OutputFormat) -> None:
     """Print the JSON Schema of a KIND of document (model unless given), for editors and CI.
@@ -36,7 +36,8 @@ def schema(kind: str, output: OutputFormat) -> None:
     """
     del output  # JSON either way; taken so that every reading command takes the flag
     from paddlewheel.cli.output import print_json
-    from registry.schema import model_schema, pipeline_schema
+    from registry.schema import gateway_schema, model_schema, pipeline_schema
 
-    print_json(pipeline_schema() if kind == "pipeline" else model_schema())
+    made = {"model": model_schema, "pipeline": pipeline_schema, "gateway": gateway_schema}
+    print_json(made[kind]())
     sys.stdout.flush()

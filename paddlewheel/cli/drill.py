@@ -19,6 +19,7 @@ from typing import Any, cast
 import click
 
 from paddlewheel.cli.connection import Connection, with_etcd
+from paddlewheel.cli.node_http import BadCredential, open_node
 from paddlewheel.cli.options import OutputFormat, output_option
 from paddlewheel.cli.output import cell, print_json, print_table
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
@@ -240,8 +241,10 @@ def call(
         url, data=data, method=method, headers={"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as reply:
+        with open_node(request, timeout_s=HTTP_TIMEOUT_S) as reply:
             body: object = json.loads(reply.read())
+    except BadCredential as exc:
+        raise Refused(str(exc)) from exc
     except urllib.error.HTTPError as exc:
         raise Refused(_problem(exc)) from exc
     except (OSError, ValueError) as exc:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from paddlewheel.cli.connection import Connection, with_etcd
+from paddlewheel.cli.node_http import BadCredential, open_node
 from paddlewheel.cli.options import OutputFormat, output_option
 from paddlewheel.cli.output import print_json, print_pairs
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
@@ -129,8 +130,10 @@ def ask(base: str, model: str, headers: list[tuple[str, str]]) -> dict[str, Any]
     if not url.startswith(("http://", "https://")):
         raise NoNode(f"{base}: want an http:// or https:// URL")
     try:
-        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as reply:
+        with open_node(urllib.request.Request(url), timeout_s=HTTP_TIMEOUT_S) as reply:
             body: object = json.loads(reply.read())
+    except BadCredential as exc:
+        raise NodeRefused(str(exc)) from exc
     except urllib.error.HTTPError as exc:
         raise NodeRefused(f"{base}: {_problem(exc)}") from exc
     except (OSError, ValueError) as exc:

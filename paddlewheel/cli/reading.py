@@ -11,15 +11,18 @@ from paddlewheel.cli.connection import Connection, with_etcd
 from paddlewheel.cli.difference import print_difference, unified
 from paddlewheel.cli.fleet_view import StoredDocument
 from paddlewheel.cli.history import find, read_history
+from paddlewheel.cli.kinds import GATEWAY_NAME
 from paddlewheel.cli.options import OutputFormat, output_option
 from paddlewheel.cli.output import cell, print_json, print_table
 from paddlewheel.cli.pipelines import StoredPipeline, print_pipeline, stored_pipeline
 from paddlewheel.etcd_options import EtcdOptions, etcd_options
 from registry.errors import PaddlewheelError
+from registry.gateway_spec import parse_gateway
 from registry.keys import ModelKey
 from registry.names import ModelName, Revision
 from registry.records import rfc3339_ms
 from registry.spec import ConfigError, parse_model
+from registry.store import KeyValue
 
 
 class NoSuchDocument(PaddlewheelError):
@@ -33,10 +36,14 @@ class NoSuchDocument(PaddlewheelError):
 def get(model: str | None, etcd: EtcdOptions, output: OutputFormat) -> None:
     """List the models' documents, or print MODEL's document as it stands in etcd.
 
-    MODEL may be a pipeline's name too; `paddlewheel pipelines` lists those.
+    MODEL may be a pipeline's name too; `paddlewheel pipelines` lists those. The gateway document
+    goes by configs/gateway.
     """
     if model is None:
         _print_documents(with_etcd(etcd, _documents), output)
+        return
+    if model == GATEWAY_NAME:
+        _print_gateway(with_etcd(etcd, lambda conn: conn.store.get(conn.keys.gateway)), output)
         return
     document = with_etcd(etcd, lambda conn: _any_document(conn, ModelName(model)))
     if isinstance(document, StoredPipeline):
@@ -55,6 +62,22 @@ def get(model: str | None, etcd: EtcdOptions, output: OutputFormat) -> None:
         # As it is, byte for byte: `get M > file` gives the file that was applied.
         sys.stdout.buffer.write(document.kv.value)
         sys.stdout.buffer.flush()
+
+
+def _print_gateway(kv: KeyValue | None, output: OutputFormat) -> None:
+    if kv is None:
+        raise NoSuchDocument("no gateway document")
+    if output != "json":
+        sys.stdout.buffer.write(kv.value)
+        sys.stdout.buffer.flush()
+        return
+    problem: str | None = None
+    try:
+        parse_gateway(kv.value)
+    except ConfigError as exc:
+        problem = str(exc)
+    text = kv.value.decode("utf-8", "replace")
+    print_json({"revision": kv.mod_revision, "document": text, "error": problem})
 
 
 async def _documents(connection: Connection) -> list[StoredDocument]:

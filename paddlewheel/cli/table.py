@@ -38,6 +38,7 @@ SECTIONS: dict[str, tuple[Entry, ...]] = {
         Entry("abort", "paddlewheel.cli.rollouts", "abort", "End a rollout; the one before stays."),
         Entry("rollback", "paddlewheel.cli.rollout", "rollback", "Restore an earlier document."),
         Entry("release", "paddlewheel.cli.rollout", "release", "Lift a version's quarantine."),
+        Entry("access", "paddlewheel.cli.access", "access", "Make API keys."),
         Entry("drill", "paddlewheel.cli.drill", "drill", "Inject faults into a running model."),
     ),
     "Look": (

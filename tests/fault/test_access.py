@@ -425,7 +425,8 @@ async def test_probes_are_open_and_name_nothing(world: World, door: str) -> None
 @pytest.mark.parametrize(
     "target",
     ["/", "/v2", "/v1/models", "/v2/repository/index", "/metrics", "/admin/routes",
-     "/admin/access", "/admin/../livez", "/livez/../admin/routes", "/livez%2F..%2Fadmin", "/.git/config",
+     "/admin/access", "/admin/../livez", "/livez/../admin/routes", "/livez%2F..%2Fadmin",
+     "/.git/config",
      "//livez/x",
      "/%2e%2e/%2e%2e/etc/passwd", "/readyz/..;/admin/routes", "http://other.test/admin/routes",
      "/livez;x=/admin", "*"],
