@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,14 @@ class NumpyPredictor:
 
     def answered_after(self, failure: ServableFailed, *, by_other: bool) -> None:
         """Nothing is judged here."""
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
 
     async def infer(self, feeds: Mapping[str, Array], *, deadline_s: float) -> Inference:
         self.calls += 1
