@@ -87,7 +87,9 @@ async def call(
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """One request; a mapping goes as JSON."""
+    is_json = isinstance(body, Mapping)
     data = json.dumps(body).encode() if isinstance(body, Mapping) else body
+    headers = {**({"Content-Type": "application/json"} if is_json else {}), **(headers or {})}
     method = method or ("GET" if data is None else "POST")
     timeout = aiohttp.ClientTimeout(total=30)
     async with (

@@ -14,8 +14,6 @@ from router.protocols.exchange import Answer, Rendered
 from router.protocols.plain import values_from
 from router.protocols.short import parse_short
 
-_RAW = ("application/octet-stream",)
-
 
 @dataclass(frozen=True, slots=True)
 class PredictRequest:
@@ -43,27 +41,28 @@ def render_predict(answer: Answer, versions: Mapping[str, str]) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def is_raw(content_type: str | None) -> bool:
-    """Whether the body is the one input itself: an image, or bytes of no type."""
-    kind = (content_type or "").partition(";")[0].strip().lower()
-    return kind.startswith(("image/", "audio/", "video/")) or kind in _RAW
-
-
 def parse_pipeline_predict(
     body: bytes, content_type: str | None, signature: Signature
 ) -> PredictRequest:
     """Understand ``{"inputs": {...}}``, or a raw body for a pipeline of one BYTES input.
 
-    Raises `BadInput`.
+    An image is always raw. So are bytes of no type (``application/octet-stream``) where they can
+    be: some clients call JSON so. Raises `BadInput`.
     """
-    if not is_raw(content_type):
-        return PredictRequest(parse_short(body, None, signature).feeds)
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    is_media = kind.startswith(("image/", "audio/", "video/"))
     spec = signature.inputs[0]
-    if len(signature.inputs) != 1 or spec.dtype != "bytes" or any(d > 1 for d in spec.shape):
+    takes_raw = (
+        len(signature.inputs) == 1
+        and spec.dtype == "bytes"
+        and all(d in (1, -1) for d in spec.shape)
+    )
+    if is_media and not takes_raw:
         raise BadInput(
-            f"a body of type {content_type} is for pipelines whose one input is a BYTES element; "
-            "send JSON"
+            f"a body of type {kind} is for pipelines whose one input is a BYTES element; send JSON"
         )
+    if not is_media and not (takes_raw and kind == "application/octet-stream"):
+        return PredictRequest(parse_short(body, None, signature).feeds)
     if not body:
         raise BadInput("the body is empty")
     feed = np.empty(tuple(1 for _ in spec.shape), dtype=np.object_)
