@@ -72,7 +72,9 @@ class Routes:
         """Return the serving value with this model as ``view`` shows it."""
         self._by_model[view.name] = dict(view.predictors())
         stand, watch = NOT_YET, None
-        if view.document is not None:
+        if view.document is None:
+            self.windows.drop(view.name)
+        else:
             stand = canary_stand(view.document.spec, self._canaries.get(view.name))
             watch = self.windows.watch(view, view.document.spec, stand)
         self._watches.pop(view.name, None)

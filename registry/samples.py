@@ -7,7 +7,7 @@ grow until the next one; times go into fixed buckets, so that any two counts can
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Annotated
@@ -56,14 +56,6 @@ class RouteSamples(Record):
         """0 where there were no requests."""
         return self.errors / self.requests if self.requests else 0.0
 
-    def __add__(self, other: RouteSamples) -> RouteSamples:
-        both = zip_longest(self.buckets, other.buckets, fillvalue=0)
-        return RouteSamples(
-            requests=self.requests + other.requests,
-            errors=self.errors + other.errors,
-            buckets=tuple(mine + its for mine, its in both),
-        )
-
     def quantile_s(self, share: float) -> float | None:
         """The time that ``share`` of the answers did not exceed; ``None`` without answers."""
         wanted = share * self.answered
@@ -105,14 +97,6 @@ class MirrorSamples(Record):
     def compared(self) -> int:
         return self.agreed + self.differed
 
-    def __add__(self, other: MirrorSamples) -> MirrorSamples:
-        return MirrorSamples(
-            agreed=self.agreed + other.agreed,
-            differed=self.differed + other.differed,
-            failed=self.failed + other.failed,
-            dropped=self.dropped + other.dropped,
-        )
-
 
 class NodeSamples(Record):
     """``P/samples/<model>/<node>``"""
@@ -140,7 +124,25 @@ class Window:
 
 def merged(samples: Iterable[NodeSamples]) -> Window:
     """The sum of samples of one step."""
-    stable, canary, mirror = RouteSamples(), RouteSamples(), MirrorSamples()
-    for one in samples:
-        stable, canary, mirror = stable + one.stable, canary + one.canary, mirror + one.mirror
-    return Window(stable, canary, mirror)
+    every = list(samples)
+    mirrors = [one.mirror for one in every]
+    return Window(
+        stable=add([one.stable for one in every]),
+        canary=add([one.canary for one in every]),
+        mirror=MirrorSamples(
+            agreed=sum(one.agreed for one in mirrors),
+            differed=sum(one.differed for one in mirrors),
+            failed=sum(one.failed for one in mirrors),
+            dropped=sum(one.dropped for one in mirrors),
+        ),
+    )
+
+
+def add(routes: Sequence[RouteSamples]) -> RouteSamples:
+    """All of them as if one node had counted them."""
+    columns = zip_longest(*(one.buckets for one in routes), fillvalue=0)
+    return RouteSamples(
+        requests=sum(one.requests for one in routes),
+        errors=sum(one.errors for one in routes),
+        buckets=tuple(map(sum, columns)),
+    )

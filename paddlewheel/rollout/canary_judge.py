@@ -174,17 +174,21 @@ def binomial(hits: int, count: int, share: float) -> float:
 
 
 _TINY = 1e-290
+_STEPS_MAX = 100_000
+"""Terms that are added up: enough for billions of requests, and over in some 20 ms."""
 
 
 def _tail(low: int, high: int, ln_term: _LnTerm, ratio: _Ratio) -> float:
     """The sum of a distribution's terms from ``low`` to ``high``, each from the one before."""
+    rises = ratio(low) > 1.0
+    if rises and high - low > _STEPS_MAX:
+        return 1.0  # the middle of it all is still to come: nothing is improbable about it
     term = exp(ln_term(low))
     if term < _TINY:
-        # Too small to go on from. Where terms rise from here, the middle of it all is still to
-        # come and nothing is improbable about it; else all of the tail is as small.
-        return 1.0 if ratio(low) > 1.0 else 0.0
+        # Too small to go on from: so is all of a tail that falls from here.
+        return 1.0 if rises else 0.0
     total = term
-    for k in range(low, high):
+    for k in range(low, min(high, low + _STEPS_MAX)):
         factor = ratio(k)
         term *= factor
         total += term

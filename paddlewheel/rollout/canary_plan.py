@@ -9,6 +9,7 @@ by a failure; by success only where ``promote`` is ``auto``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from paddlewheel.rollout.canary_judge import Judgement, Verdict, judge
 from paddlewheel.rollout.reading import quarantine_of
@@ -119,6 +120,7 @@ def step_of(canary: CanarySpec, progress: CanaryProgress) -> CanaryStep | None:
     return canary.steps[progress.step] if progress.step < len(canary.steps) else None
 
 
+@lru_cache(maxsize=4096)
 def _read(raw: bytes) -> NodeSamples | None:
     try:
         return NodeSamples.from_json(raw)

@@ -25,7 +25,7 @@ from paddlewheel.rollout.view import DocumentSeen, View
 from paddlewheel.rollout.world import World
 from registry.cas import Conflict
 from registry.election import Leadership, backoff_s
-from registry.keys import Keys, ModelKey
+from registry.keys import Keys, ModelKey, SamplesKey
 from registry.names import ModelName, Revision
 from registry.records import BadRecord, HistoryEntry
 from registry.rollouts import RolloutRecord
@@ -42,6 +42,8 @@ CLOCK_STEP_S = 0.001
 """uvloop's clock counts milliseconds: what is due within one is due."""
 WAKE_MIN_S = 0.01
 """Timers may end a little early."""
+JUDGE_AFTER_S = 0.3
+"""For the samples of other nodes to come in too."""
 CONFLICT_RETRY_S = 0.05
 """For a watch to bring what a write was refused for."""
 TOLD_AGAIN = timedelta(minutes=10)
@@ -167,7 +169,20 @@ class Term:
 
     async def _take(self, batch: Batch) -> None:
         for event in batch.events:
-            self._touch(self._view.take(event))
+            models = self._view.take(event)
+            key = event.kv.key if isinstance(event, Put) else event.key
+            if isinstance(self._keys.parse(key), SamplesKey):
+                self._judge_soon(models)
+            else:
+                self._touch(models)
+
+    def _judge_soon(self, models: set[ModelName]) -> None:
+        """Every node writes its samples once a second: the whole fleet's are judged together."""
+        at_s = self._clock_s() + JUDGE_AFTER_S
+        for model in models:
+            if self._due_s.get(model, at_s) >= at_s:
+                self._due_s[model] = at_s
+                self._wake.set()
 
     def _touch(self, models: set[ModelName]) -> None:
         if models:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paddlewheel.rollout.canary_judge import CHANCE, Judgement, binomial, fisher, judge
-from registry.samples import MirrorSamples, RouteSamples, Window, bucket_of, merged
+from registry.samples import MirrorSamples, RouteSamples, Window, add, bucket_of, merged
 from registry.spec_canary import Gates
 
 GATES = Gates(error_rate=0.01, p95_ratio=1.5, min_samples=100)
@@ -187,7 +187,7 @@ def _step(rng: random.Random, *, errors: float, slower: float) -> str:
             for _ in range(count - wrong):
                 buckets[bucket_of(factor * 0.01 * math.exp(rng.gauss(0, 0.5)))] += 1
             more = RouteSamples(requests=count, errors=wrong, buckets=tuple(buckets))
-            sides[side] = sides[side] + more
+            sides[side] = add((sides[side], more))
         latest = verdict(sides[0], sides[1])
         if latest == "fail":
             break
