@@ -35,6 +35,7 @@ _OPTIONS: dict[str, Any] = {
     "read_bufsize": 256 * 1024,
 }
 _CLOSING_S = 0.5
+_LOOK_S = 0.02
 HANDSHAKE_S = 10.0
 
 
@@ -56,6 +57,8 @@ class _Connection(RequestHandler):
     """Runs while a head is awaited that has begun, or is the first."""
     _address: str | None = None
     """As it was counted in ``limits.open``."""
+    is_last_request = False
+    """Whether the connection ends with what is under way."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -86,6 +89,15 @@ class _Connection(RequestHandler):
         waiter = self._waiter
         if self._head is None and waiter is not None and not waiter.done():
             self._expect_head()  # idle until now, and no whole head in it: a part of one
+
+    def finish(self) -> None:
+        """Close when idle, else after the request under way.
+
+        aiohttp's own ``close`` and ``shutdown`` drop what still comes of that request's body.
+        """
+        self.is_last_request = True
+        if self._waiter is not None and not self._waiter.done():
+            self.force_close()
 
     def head_is_here(self) -> None:
         if self._head is not None:
@@ -143,8 +155,13 @@ class HttpServer:
 
     def __init__(self, handler: Handler, *, limits: ConnectionLimits | None = None) -> None:
         async def spoken(request: web.BaseRequest) -> web.StreamResponse:
-            request.protocol.head_is_here()  # type: ignore[attr-defined]
-            return await handler(request)
+            connection = request.protocol
+            assert isinstance(connection, _Connection)
+            connection.head_is_here()
+            response = await handler(request)
+            if connection.is_last_request:
+                response.force_close()
+            return response
 
         # A client that goes away cancels its request, and with it the wait in the queue.
         self._server = _Server(spoken, handler_cancellation=True)
@@ -172,9 +189,12 @@ class HttpServer:
         if self._listener is not None:
             self._listener.close()
         await asyncio.sleep(0)  # what was accepted in this turn starts before idle ones close
-        self._server.pre_shutdown()
-        try:
-            async with asyncio.timeout(drain_s + _CLOSING_S):
-                await self._server.shutdown(drain_s)
-        except TimeoutError:
-            await self._server.shutdown(_CLOSING_S)
+        until_s = asyncio.get_running_loop().time() + drain_s
+        while connections := self._server.connections:
+            for connection in connections:
+                if isinstance(connection, _Connection):
+                    connection.finish()  # again and again: one may just have been made
+            if asyncio.get_running_loop().time() >= until_s:
+                break
+            await asyncio.sleep(_LOOK_S)
+        await self._server.shutdown(_CLOSING_S)
