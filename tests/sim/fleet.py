@@ -87,7 +87,9 @@ class SimNode:
             drain_s=1.0,
         )
         self.node = Node(settings)
-        await self.node.run()
+        status = await self.node.run()
+        if status:
+            raise AssertionError(f"it stopped with status {status}")
         if self.process is process:
             self._ended("stopped")
 
@@ -96,6 +98,8 @@ class SimNode:
         process = self.process
         if process is None:
             return
+        if self.node is not None:
+            self.node._lodging.leave()  # as the lock falls with a process
         # What its last breath writes must not be found by the next one.
         old = self.fleet.folder / f"{self.id}.{self._disk}"
         self._disk += 1
@@ -183,8 +187,8 @@ class Reply:
 class PlayedUpstream(Upstream):
     """One node as a gateway sees it, without connections."""
 
-    def __init__(self, fleet: Fleet, node: NodeId, host: str, port: int) -> None:
-        super().__init__(node, host, port)
+    def __init__(self, fleet: Fleet, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._fleet = fleet
 
     async def send(self, head: bytes, *_: Any, **__: Any) -> Any:
@@ -234,7 +238,8 @@ class SimGateway:
 
     async def _run(self) -> None:
         self.gateway = Gateway(GatewaySettings(etcd=ETCD, port=0))
-        await self.gateway.run()
+        status = await self.gateway.run()
+        raise AssertionError(f"nobody told it to stop, and it did: {status}")
 
     def kill(self) -> None:
         if self.process is not None:
@@ -353,8 +358,8 @@ class Fleet:
         gateway.rotation = rotation
         return PlayedApp(f"http://{gateway.name}:8600", lambda _serving: None)
 
-    def make_upstream(self, node: NodeId, host: str, port: int) -> PlayedUpstream:
-        return PlayedUpstream(self, node, host, port)
+    def make_upstream(self, *args: Any, **kwargs: Any) -> PlayedUpstream:
+        return PlayedUpstream(self, *args, **kwargs)
 
     def ask(self, node: str) -> Vitals | None:
         found = self.nodes.get(NodeId(node))

@@ -25,6 +25,7 @@ from loader.worker import OnDone, Outcome
 from registry.inference import Inference, Signature, TensorSpec
 from registry.names import Digest, NodeId
 from router.floor import FloorGate
+from router.ports import Check
 from router.serving import Serving
 
 SIGNATURE = Signature((TensorSpec("x", "float32", (-1, 2)),), (TensorSpec("y", "float32", (-1,)),))
@@ -187,7 +188,6 @@ class PlayedApp:
         self.serving = Serving()
         self.is_listening = False
         self.floors = FloorGate(lambda: self.serving.table)
-        self.metrics = self.pipelines = Quiet()
 
     async def start(self, *_: object, **__: object) -> str:
         self.is_listening = True
@@ -195,6 +195,10 @@ class PlayedApp:
 
     async def stop(self, **_: object) -> None:
         self.is_listening = False
+
+    def __getattr__(self, _name: str) -> Quiet:
+        """What is told to the rest of the door (metrics, pipelines, limits) goes nowhere."""
+        return Quiet()
 
     def publish(self, serving: Serving) -> None:
         self.serving = serving
@@ -216,6 +220,24 @@ class PlayedGpus:
 
     async def close(self) -> None:
         pass
+
+
+class PlayedAccess:
+    """Everybody may use everything."""
+
+    report = None
+
+    def check(self) -> Check:
+        return Check("access", True, "")
+
+    def remarks(self) -> list[Check]:
+        return []
+
+    def restore(self) -> None:
+        pass
+
+    async def run(self) -> None:
+        await asyncio.get_running_loop().create_future()
 
 
 class Quiet:

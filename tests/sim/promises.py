@@ -43,6 +43,7 @@ def check(world: World) -> list[Found]:
         *each_revision_once(record),
         *no_rollback_lost(record),
         *availability(record),
+        *deleted_for_good(record),
         *no_new_then_old(record),
         *only_with_the_word(record),
         *not_before_all_are_ready(record),
@@ -92,6 +93,14 @@ class Record:
             except ConfigError:
                 pass
         self.documents[key.model].append((written.revision, document, kv is not None))
+
+    def deletions(self) -> dict[tuple[str, ModelName], Revision]:
+        """The last deletion of a model that each process took note of."""
+        return {
+            (entry.process, entry.model): entry.revision
+            for entry in self.entries
+            if isinstance(entry, Handed) and entry.what == "deleted"
+        }
 
     def was_good(self, entry: Routed) -> bool:
         """Whether that version, by that document, had been written down as the last good one."""
@@ -178,6 +187,7 @@ def availability(record: Record) -> Iterator[Found]:
     barred: dict[tuple[str, ModelName], frozenset[Version]] = {}
     handed: dict[tuple[str, ModelName], str] = {}
     live: dict[tuple[str, ModelName], Version | None] = {}
+    deleted = record.deletions()
     for entry in record.entries:
         match entry:
             case Barred():
@@ -189,6 +199,8 @@ def availability(record: Record) -> Iterator[Found]:
                 before, live[key] = live.get(key), entry.live
                 if before is None or entry.live is not None or handed.get(key) == "deleted":
                     continue
+                if deleted.get(key, 0) > entry.revision:
+                    continue  # `deleted_for_good` has something to say about it
                 nature = record.world.user.nature(f"/models/{entry.model}/{before}")
                 if not nature.faulty_on and before not in barred.get(key, frozenset()):
                     yield Found(
@@ -197,6 +209,22 @@ def availability(record: Record) -> Iterator[Found]:
                     )  # fmt: skip
             case _:
                 pass
+
+
+def deleted_for_good(record: Record) -> Iterator[Found]:
+    """What a node knows to be deleted does not come back, whatever is put in its place."""
+    deleted: dict[tuple[str, ModelName], Revision] = {}
+    for entry in record.entries:
+        if isinstance(entry, Handed) and entry.what == "deleted":
+            deleted[entry.process, entry.model] = entry.revision
+        elif isinstance(entry, Routed) and entry.live is not None:
+            gone = deleted.get((entry.process, entry.model), Revision(0))
+            if entry.revision < gone:
+                yield Found(
+                    "deleted for good", entry.at_s,
+                    f"{entry.process} serves {entry.model} at {entry.revision}, which it knows to "
+                    f"have been deleted at {gone}",
+                )  # fmt: skip
 
 
 def no_new_then_old(record: Record) -> Iterator[Found]:
@@ -219,7 +247,11 @@ def no_new_then_old(record: Record) -> Iterator[Found]:
             document = record.parsed.get((model, before.revision))
             if document is None or document.spec.rollout.strategy != "barrier":
                 continue
-            if answer.revision < before.revision:
+            gone = any(
+                not is_put and revision > before.revision
+                for revision, _, is_put in record.documents[model]
+            )
+            if answer.revision < before.revision and not gone:
                 yield Found(
                     "no new then old", answer.at_s,
                     f"{gateway} gave {model} by {answer.revision} from {answer.node}, after one by "

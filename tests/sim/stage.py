@@ -32,7 +32,7 @@ import router.rotation
 from registry.document_tree import ConfigError
 from router.fleet.probes import UNKNOWN, Vitals, after_refusal
 from tests.sim.loop import START_S
-from tests.sim.machine import PlayedGpus, Quiet
+from tests.sim.machine import PlayedAccess, PlayedGpus, Quiet
 from tests.sim.network import Link
 
 EPOCH = wall.datetime(2024, 5, 21, tzinfo=wall.UTC)
@@ -104,10 +104,14 @@ def _loop_time() -> float:
     return asyncio.get_running_loop().time()
 
 
+def _no_sleep(_seconds: float) -> None:
+    raise AssertionError("a thread that sleeps stops the time it waits for")
+
+
 def _played_time() -> types.SimpleNamespace:
     names = {name: getattr(time, name) for name in dir(time) if not name.startswith("_")}
     names.update(time=lambda: EPOCH.timestamp() + _loop_time() - START_S)
-    names.update(monotonic=_loop_time, perf_counter=_loop_time)
+    names.update(monotonic=_loop_time, perf_counter=_loop_time, sleep=_no_sleep)
     return types.SimpleNamespace(**names)
 
 
@@ -257,6 +261,8 @@ def played(
         put(node, "PipelineKeeper", quiet)
         put(node, "TransformPool", quiet)
         put(node, "App", make_app)
+        put(node, "AccessControl", lambda *_, **__: PlayedAccess())
+        put(gateway, "AccessControl", lambda *_, **__: PlayedAccess())
         put(node, "print", lambda *_, **__: None)
         put(node, "gc", types.SimpleNamespace(collect=int, freeze=int))
         put(node, "Session", _session)

@@ -105,14 +105,18 @@ class Chaos:
             self.rough(node.process.link)
 
     def _cut(self) -> None:
-        for link in self._some(self._alive()):
+        links = self._some(self._alive())
+        for link in links:
             link.cut()
             self._mend_later(link)
+        self._say(f"cuts off {_names(links)}")
 
     def _freeze(self) -> None:
-        for link in self._some(self._alive()):
+        links = self._some(self._alive())
+        for link in links:
             link.freeze()
             self._mend_later(link)
+        self._say(f"freezes {_names(links)}")
 
     def _all_away(self) -> None:
         self._say("etcd is away")
@@ -195,6 +199,7 @@ class Chaos:
         if not link.is_dead and not self.is_over:
             link.mend()
             self.rough(link)
+            self._say(f"mends {link.owner}")
 
     def _later(self, delay_s: float, do: Callable[[], None]) -> None:
         async def wait() -> None:
@@ -207,3 +212,7 @@ class Chaos:
 
     def _say(self, what: str) -> None:
         self._fleet.history.note(Did(self._fleet.now_s(), "weather", what))
+
+
+def _names(links: Iterable[Link]) -> str:
+    return ", ".join(link.owner for link in links)
