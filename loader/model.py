@@ -143,6 +143,13 @@ class Model:
             return None  # it was, and something of it was taken out
         return in_force.revision or None if in_force.live is not None else None
 
+    @property
+    def _is_required(self) -> bool:
+        """A first document that waits for the fleet is no reason to be unready; one that keeps
+        another waiting which was in force is."""
+        is_held = self.prepared is not None and self.fallback is not None
+        return self.aspired is not None or self.awaits_base or is_held
+
     def view(self) -> ModelView:
         return ModelView(
             name=self.name,
@@ -151,7 +158,7 @@ class Model:
             aspired_revision=self.aspired_revision,
             aspiration=self.aspiration,
             prepared=None if self.prepared is None else self.prepared.document,
-            is_required=self.aspired is not None or self.awaits_base or self.fallback is not None,
+            is_required=self._is_required,
             ready_revision=self.ready_revision,
             in_force=self.in_force,
             servables=tuple(self.servables.values()),

@@ -117,6 +117,9 @@ class InferEndpoint:
             # This look at the table only bounds the upload: how long that takes is up to the
             # client, and the version it would pin to may be unloaded long before it ends.
             limits = self.published.serving.table.route(model).limits
+            waited_s = 0.0
+            if FLOOR_HEADER in headers and version is None and label is None:
+                waited_s = await self._reach_floor(headers, model, limits.timeout_s)
             limit_bytes = limits.max_body_mb * 1_000_000
             body = await read_body(
                 request,
@@ -125,13 +128,7 @@ class InferEndpoint:
             )
 
             # The clock starts with the whole request: how long its upload took is the client's.
-            began_s = loop.time()
-            floor = headers.get(FLOOR_HEADER)
-            if floor is not None and version is None and label is None:
-                wait_s = parse_timeout_s(headers.get(TIMEOUT_HEADER)) or limits.timeout_s
-                await self.floors.reach(
-                    model, parse_floor(floor), within_s=min(wait_s, limits.timeout_s)
-                )
+            began_s = loop.time() - waited_s
             # From here on the request knows this one table, and nothing waits until its
             # inference is in the servable's hands: a drain cannot pass in between.
             published = self.published
@@ -168,6 +165,18 @@ class InferEndpoint:
         if admission is not None:
             response.headers.update(admission.headers)
         return response
+
+    async def _reach_floor(self, headers: Mapping[str, str], model: str, timeout_s: float) -> float:
+        """Wait for the document asked for; return how long that took, in seconds.
+
+        Before the body is read: a request that is refused here can still be sent elsewhere.
+        """
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        wait_s = parse_timeout_s(headers.get(TIMEOUT_HEADER)) or timeout_s
+        floor = parse_floor(headers[FLOOR_HEADER])
+        await self.floors.reach(model, floor, within_s=min(wait_s, timeout_s))
+        return loop.time() - began_s
 
     async def run(
         self,
