@@ -70,6 +70,7 @@ class Doors:
             try:
                 mark = tls.mark()
                 if mark != self._mark:
+                    tls.context()  # a certificate whose key is not there yet would end TLS here
                     tls.load_into(self._tls)
                     self._mark = mark
                     log.info("certificate_loaded", cert=str(tls.cert))

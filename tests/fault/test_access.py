@@ -630,6 +630,26 @@ async def test_memory_stays_bounded(world: World) -> None:
     assert all(each < RSS_GROWTH_BYTES for each in grown.values()), grown
 
 
+async def test_a_verified_claim_takes_a_user_to_the_canary(world: World) -> None:
+    """On the gateway, which chooses a node for it, and on the node, which chooses the version."""
+    canary = {"version": "2", "rules": [{"user": {"claim": "tier", "percent": 100}}]}
+    world.fleet.models.spec = {"canary": canary}
+    revision = await world.fleet.models.put(world.fleet.store, "1")
+    await world.fleet.until_applied(revision)
+    tiered = world.issuer.token(tier="gold")
+    forged = f"X-Claims: {json.dumps({'tier': 'gold'})}"
+    for port in world.ports.values():
+
+        async def goes_to_2(port: int = port) -> bool:
+            got = await ask(port, call(f"Bearer {tiered}"))
+            return got.headers["x-model-version"] == "2"
+
+        await eventually(goes_to_2, within_s=10, what="the canary answers")
+        for credential in (world.issuer.token(), ALICE):
+            got = await ask(port, call(f"Bearer {credential}", INFER, forged))
+            assert (got.status, got.headers["x-model-version"]) == (200, "1")
+
+
 # --- the document changes -------------------------------------------------------------------------
 
 
