@@ -147,6 +147,7 @@ class PlayedNode:
             error=self._errors,
             applied_revision=self.in_force or None,
             prepared_revision=max(self._prepared, default=None),
+            live=self.serves,
             servables=() if self._errors else (servable,),
         )
         value = status.to_json()
