@@ -149,16 +149,16 @@ class Manager:
             self.touch(name)
 
     def await_base(self, name: ModelName, *, is_awaited: bool = True) -> None:
-        """The document to have in force is still being looked up (or is no more).
+        """No document is to be in force: one is still being looked up, or there is none to find.
 
-        Until something serves, what is prepared leaves the memory to it, and the last good
-        version is loaded.
+        What serves goes on. Until something serves, what is prepared leaves the memory to it, and
+        the last good version is loaded.
         """
         if not is_awaited and name not in self._models:
             return
         model = self._model(name)
-        if model.awaits_base != is_awaited:
-            model.awaits_base = is_awaited
+        if model.awaits_base != is_awaited or not model.keeps:
+            model.awaits_base, model.keeps = is_awaited, True
             model.is_deleted = False
             self.touch(name)
 
@@ -174,7 +174,7 @@ class Manager:
         """The document was deleted: drain, unload, then know it no more."""
         if (model := self._models.get(name)) is not None:
             model.aspired = model.aspired_revision = model.aspiration = None
-            model.prepared, model.awaits_base = None, False
+            model.prepared, model.awaits_base, model.keeps = None, False, False
             model.fallback, model.is_deleted = None, True
             model.former.clear()
             self.touch(name)
@@ -357,6 +357,7 @@ class Manager:
             suspected=model.suspected,
             prepared=None if model.prepared is None else model.prepared.aspiration,
             awaits_base=model.awaits_base,
+            keeps=model.keeps,
         )
 
     def _reconcile(self, name: ModelName) -> None:

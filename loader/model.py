@@ -43,6 +43,8 @@ class Model:
     """What is loaded only to be ready when the fleet says so."""
     awaits_base: bool = False
     """The document to have in force while one is prepared is being looked up."""
+    keeps: bool = False
+    """No document is to be in force, but none was deleted: what serves goes on."""
     former: dict[Revision, tuple[ModelDocument, Aspiration]] = field(
         default_factory=dict[Revision, tuple[ModelDocument, Aspiration]]
     )
@@ -174,6 +176,8 @@ class Model:
         if self.aspiration is None and self.prepared is None:
             if self.awaits_base:
                 return "the document to go back to is being looked up"
+            if self.keeps:
+                return None
             return "deleted" if self.servables else None
         aspired = [] if self.aspiration is None else [self.aspiration]
         prepared = [] if self.prepared is None else [self.prepared.aspiration]

@@ -82,11 +82,13 @@ class World:
     """A document to be loaded beside what serves, and not to be routed to."""
     awaits_base: bool = False
     """The document to have in force meanwhile is still being looked up."""
+    keeps: bool = False
+    """No document is to be in force, and what serves goes on."""
 
     @property
     def is_kept(self) -> bool:
         """Nothing is aspired to, but not because the document was deleted."""
-        return self.prepared is not None or self.awaits_base
+        return self.keeps or self.awaits_base or self.prepared is not None
 
     def is_good(self, id: ServableId | None) -> bool:
         return self.is_loaded(id) and id not in self.suspected

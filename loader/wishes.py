@@ -30,12 +30,13 @@ def take_aspired(model: Model, document: ModelDocument, revision: Revision) -> b
     prepared = model.prepared
     if prepared is not None and prepared.aspiration.revision <= revision:
         model.prepared = None
+    model.keeps = model.awaits_base = False
     if revision == model.aspired_revision and document == model.aspired:
         return False
     _remember(model)
     known = _known(model, prepared, document, revision)
     model.aspired, model.aspired_revision = document, revision
-    model.is_deleted = model.awaits_base = False
+    model.is_deleted = False
     if known is not None:
         model.aspiration = known
         _prune(model)

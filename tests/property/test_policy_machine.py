@@ -123,7 +123,7 @@ class PolicyMachine(RuleBasedStateMachine):
         self.revision += 1
         aspiration = Aspiration(Revision(self.revision), live, canary, bake_s)
         self.may_serve |= aspiration.ids()
-        self.world = replace(self.world, aspiration=aspiration, prepared=None)
+        self.world = replace(self.world, aspiration=aspiration, prepared=None, keeps=False)
         self.another_chance()
 
     def another_chance(self) -> None:
@@ -149,7 +149,9 @@ class PolicyMachine(RuleBasedStateMachine):
         assert prepared is not None
         self.may_serve |= prepared.ids()
         was_ready = all(map(self.world.is_good, prepared.ids()))
-        self.world = replace(self.world, aspiration=prepared, prepared=None, awaits_base=False)
+        self.world = replace(
+            self.world, aspiration=prepared, prepared=None, awaits_base=False, keeps=False
+        )
         if was_ready:
             action = next_action(self.world)
             assert isinstance(action, Swap)
@@ -160,6 +162,13 @@ class PolicyMachine(RuleBasedStateMachine):
     def abort(self) -> None:
         self.world = replace(self.world, prepared=None, awaits_base=False)
 
+    @precondition(lambda self: self.world.prepared is not None)
+    @rule()
+    def abort_a_first_document(self) -> None:
+        self.world = replace(
+            self.world, aspiration=None, prepared=None, awaits_base=False, keeps=True
+        )
+
     @rule()
     def base_is_known(self) -> None:
         self.world = replace(self.world, awaits_base=False)
@@ -167,7 +176,12 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule()
     def document_deleted(self) -> None:
         self.world = replace(
-            self.world, aspiration=None, fallback=None, prepared=None, awaits_base=False
+            self.world,
+            aspiration=None,
+            fallback=None,
+            prepared=None,
+            awaits_base=False,
+            keeps=False,
         )
 
     @rule(fallback=versions)

@@ -359,3 +359,17 @@ async def test_the_last_good_version_is_another_than_the_one_in_force(tmp_path: 
         await node.passes(1)
         await node.fail("/models/1")
         await eventually(lambda: node.live == "0", within_s=5)
+
+
+async def test_an_abort_with_nothing_to_go_back_to_leaves_what_serves(tmp_path: Path) -> None:
+    """A node that refused all before serves the last good version when that is aborted."""
+    store = MemoryStore()
+    async with managed(tmp_path) as node:
+        node.manager.set_fallback(document("0"), Version("0"), Revision(1))
+        async with running(follower_of(node, store, tmp_path)):
+            first = await put(store, document("1", **BARRIER))
+            await say(store, first, "preparing")
+            await until(node, "0 LIVE, 1 READY", 1)
+            await say(store, first, "aborted", reason="n2 refused")
+            await until(node, "0 LIVE", 1)
+            assert node.status.reason == "rollout aborted: n2 refused"

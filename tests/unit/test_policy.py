@@ -46,6 +46,7 @@ def world(
     suspected: str = "",
     prepared: Aspiration | None = None,
     awaits_base: bool = False,
+    keeps: bool = False,
 ) -> World:
     """``states``: "a LIVE, b LOADING"."""
     servables = dict[ServableId, Snapshot]()
@@ -56,7 +57,7 @@ def world(
     return World(
         aspired, in_force, servables, NOW_S,
         fallback=fallback, is_tight=is_tight, suspected=suspects,
-        prepared=prepared, awaits_base=awaits_base,
+        prepared=prepared, awaits_base=awaits_base, keeps=keeps,
     )  # fmt: skip
 
 
@@ -270,6 +271,14 @@ CASES: dict[str, tuple[World, Action | None]] = {
     "even while it is loading": (
         world("a FETCHING, b LOADING", WANT_A, prepared=WANT_B, is_tight=True),
         Abandon(B),
+    ),
+    "what serves goes on where no document is to be in force": (
+        world("a LIVE, b READY", None, A_IN_FORCE, keeps=True),
+        Drain(B),
+    ),
+    "unless its document was deleted": (
+        world("a LIVE", None, A_IN_FORCE),
+        Swap(InForce(R1)),
     ),
     "a quarantined live falls back to its standby, not to what is prepared": (
         world("a STANDBY, b QUARANTINED, c READY", WANT_B, B_OVER_A, prepared=WANT_C),
