@@ -46,7 +46,14 @@ _RETRY_PAUSE_S = 0.05
 _LENGTH = "Inference-Header-Content-Length"
 _OWN = frozenset(
     name.lower()
-    for name in ("X-Request-Id", "X-Model-Version", "X-Forwarded-For", TIMEOUT_HEADER, HOPS_HEADER)
+    for name in (
+        "X-Api-Key",
+        "X-Request-Id",
+        "X-Model-Version",
+        "X-Forwarded-For",
+        TIMEOUT_HEADER,
+        HOPS_HEADER,
+    )
 )
 """Headers that are not the client's to pass through."""
 

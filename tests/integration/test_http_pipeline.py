@@ -465,7 +465,9 @@ async def test_what_goes_along_to_another_server() -> None:
         host, port = runner.addresses[0][:2]
         async with world(*elsewhere(f"http://{host}:{port}", version="3"), inputs=typed) as w:
             for _ in range(4):
-                answer = await w.predict(X_Region="cn", Authorization="Bearer secret", Cookie="a=b")
+                answer = await w.predict(
+                    X_Region="cn", Authorization="Bearer secret", X_Api_Key="pwk_a", Cookie="a=b"
+                )
                 assert answer.status == 500
                 assert "can't be understood" in answer.json["error"]
             tired = await w.predict(X_Pipeline_Hops="8")
@@ -476,6 +478,7 @@ async def test_what_goes_along_to_another_server() -> None:
     assert seen[0]["X-Region"] == "cn"
     assert 0 < int(seen[0]["X-Request-Timeout-Ms"]) <= 10_000
     assert "Authorization" not in seen[0]
+    assert "X-Api-Key" not in seen[0]
     assert "Cookie" not in seen[0]
 
 
