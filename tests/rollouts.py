@@ -19,7 +19,7 @@ from registry.rollouts import (
     Stand,
     standing,
 )
-from registry.spec import ModelDocument, parse_model
+from registry.spec import ConfigError, ModelDocument, parse_model
 from registry.store import Delete, Put, Store
 
 M = ModelName("m")
@@ -62,7 +62,9 @@ class PlayedNode:
     applied: list[Revision] = field(default_factory=list[Revision])
     """Every revision that it had in force, in order."""
     _documents: dict[Revision, ModelDocument] = field(default_factory=dict[Revision, ModelDocument])
+    _seen: Revision = NONE_BEFORE
     _newest: Revision = NONE_BEFORE
+    """The last one that parses."""
     _errors: str | None = None
     _record: RolloutRecord | None = None
     _prepared: set[Revision] = field(default_factory=set[Revision])
@@ -88,6 +90,9 @@ class PlayedNode:
     def in_force(self) -> Revision:
         return self.applied[-1] if self.applied else NONE_BEFORE
 
+    def is_ready_for(self, revision: Revision) -> bool:
+        return revision in self._prepared
+
     @property
     def serves(self) -> Version | None:
         return self._documents[self.in_force].spec.live if self.applied else None
@@ -104,7 +109,12 @@ class PlayedNode:
         if isinstance(key, RolloutKey):
             self._record = None if kv is None else RolloutRecord.from_json(kv.value)
         elif isinstance(key, ModelKey) and kv is not None:
-            found = parse_model(kv.value, name=M)
+            self._seen = kv.mod_revision
+            try:
+                found = parse_model(kv.value, name=M)
+            except ConfigError as exc:
+                self._errors = str(exc)
+                return  # the one before goes on
             self._documents[kv.mod_revision] = found
             self._newest, self._errors = kv.mod_revision, None
             if found.spec.live in self.refuses:
@@ -117,13 +127,14 @@ class PlayedNode:
             newest = self._newest
             if newest == NONE_BEFORE:
                 continue
-            if self._errors is None and newest not in self._prepared | self._failed:
+            is_mine = self._errors is None or self._seen != newest
+            if is_mine and newest not in self._prepared | self._failed:
                 await self._report()
                 await asyncio.sleep(self.load_s)
                 bad = self._documents[newest].spec.live in self.fails
                 (self._failed if bad else self._prepared).add(newest)
                 self._wake.set()
-            if self._errors is None:
+            if is_mine:
                 self._obey(newest)
             await self._report()
 
@@ -142,13 +153,13 @@ class PlayedNode:
         status = ModelStatus(
             model=M,
             node=self.id,
-            revision=self._newest,
+            revision=self._seen,
             accepted=self._errors is None,
             error=self._errors,
             applied_revision=self.in_force or None,
             prepared_revision=max(self._prepared, default=None),
             live=self.serves,
-            servables=() if self._errors else (servable,),
+            servables=(servable,),
         )
         value = status.to_json()
         kv = await self.store.get(K.status(M, self.id))

@@ -11,6 +11,7 @@ import pytest
 from paddlewheel.rollout.coordinator import Coordinator
 from registry.memory_store import MemoryStore
 from registry.names import Revision
+from registry.records import HistoryEntry
 from registry.rollouts import OrderKind, Phase, RolloutRecord
 from registry.store import Ambiguous
 from tests.eventually import eventually
@@ -228,6 +229,90 @@ async def test_a_coordinator_killed_at_any_write_is_replaced_and_the_rollout_goe
             assert all(node.applied == [first, second] for node in nodes)
             assert {client.faults.unavailable for client in clients} == {True, False}
             assert others
+
+
+async def test_nodes_that_are_late_abort_it() -> None:
+    store = MemoryStore()
+    async with coordinating(store), played_fleet(store) as nodes:
+        nodes[2].load_s = 100.0
+        began_s = asyncio.get_running_loop().time()
+        revision = await store.put(K.model(M), text("1", BARRIER))
+        record = await ended(store, revision)
+        assert record.reason == "not ready within 30 s: n3 (loading)"
+        assert asyncio.get_running_loop().time() - began_s == pytest.approx(30, abs=0.5)
+
+
+async def test_a_document_that_comes_just_before_the_commit_prevents_it() -> None:
+    """It is no use to say that all are ready for a document that has been replaced."""
+    store = MemoryStore()
+    client = store.client()
+    third = Revision(0)
+
+    async def replace_it(name: str) -> None:
+        nonlocal third
+        if name != "txn" or third or not all(n.is_ready_for(second) for n in nodes):
+            return
+        third = await store.put(K.model(M), text("3", BARRIER))
+
+    async with coordinating(client), played_fleet(store) as nodes:
+        first = await store.put(K.model(M), text("1"))
+        await converged(nodes, first)
+        second = await store.put(K.model(M), text("2", BARRIER))
+        client.faults.before = replace_it
+        await eventually(lambda: third > 0, within_s=10)
+        record = await ended(store, third)
+        assert (record.phase, record.previous) == (Phase.COMMITTED, first)
+        await converged(nodes, third)
+        assert all(node.applied == [first, third] for node in nodes)
+
+
+async def test_a_coordinator_frozen_before_its_write_cannot_do_it_later() -> None:
+    store = MemoryStore()
+    client, heir = store.client(), store.client()
+    frozen = asyncio.Event()
+    thaw = asyncio.Event()
+
+    async def freeze(name: str) -> None:
+        if frozen.is_set() and name != "txn":
+            await thaw.wait()
+        if name == "txn" and not frozen.is_set() and all(n.is_ready_for(second) for n in nodes):
+            frozen.set()
+            await thaw.wait()
+
+    async with played_fleet(store) as nodes, coordinating(client, "ghost") as ghosts:
+        second = await store.put(K.model(M), text("2", BARRIER))
+        await until(store, lambda r: r.coordinator == "ghost")
+        client.faults.before = freeze
+        await asyncio.wait_for(frozen.wait(), 20)
+        await store.delete(K.coordinator)  # as when its lease is over
+        async with coordinating(heir, "heir"):
+            await order(store, OrderKind.ABORT, second)
+            record = await ended(store, second)
+            assert (record.phase, record.coordinator) == (Phase.ABORTED, "heir")
+            thaw.set()
+            await asyncio.sleep(1)
+            assert await record_of(store) == record
+            assert ghosts[0].terms == 1
+
+
+async def test_a_document_that_does_not_parse_stops_no_rollout() -> None:
+    """Nor for a coordinator that never saw the one before: history has it."""
+    store = MemoryStore()
+    async with played_fleet(store) as nodes:
+        first = await store.put(K.model(M), text("1"))
+        await converged(nodes, first)
+        nodes[0].load_s = 20.0
+        async with coordinating(store, "a"):
+            second = await store.put(K.model(M), text("2", BARRIER))
+            entry = HistoryEntry.of(second, text("2", BARRIER), AT)
+            await store.put(K.history(M, second), entry.to_json())
+            await until(store, lambda r: r.revision == second)
+            await store.put(K.model(M), b"spec: [")
+            await asyncio.sleep(1)
+        async with coordinating(store, "b"):
+            record = await ended(store, second)
+            assert (record.phase, record.coordinator) == (Phase.COMMITTED, "b")
+            await converged(nodes, second)
 
 
 async def test_the_time_without_any_node_does_not_count() -> None:
