@@ -325,6 +325,17 @@ def test_a_failure_outlasts_an_edit_of_something_else_but_not_another_canary() -
     assert (stage.canary.step, stage.canary.phase, stage.canary.percent) == (0, "stepping", 5.0)
 
 
+def test_what_one_canary_passed_promotes_no_other() -> None:
+    stage = started("steps: [{percent: 50, hold_s: 5}]")
+    stage.count(GOOD)
+    stage.turn(6)
+    assert promotes(stage.world, stage.record)
+    follow_up(stage, document("steps: [{percent: 60, hold_s: 5}]"))
+    stage.world = replace(stage.world, record=stage.record, nodes=())
+    assert stage.canary.phase == "done"
+    assert not promotes(stage.world, stage.record)
+
+
 def test_the_word_on_another_canary_gives_no_traffic() -> None:
     spec = document().spec
     progress = CanaryProgress(version=Version("2"), plan="of another", percent=50, since=AT)
