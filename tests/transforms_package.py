@@ -59,7 +59,7 @@ def naughty(x):
         case 5:
             return {"x": x}
         case 6:
-            time.sleep(0.3)
+            time.sleep(float(x[0, 1]) or 0.3)
         case 7:
             print("said to nobody")
     return {"x": x, "pid": np.array(os.getpid(), np.int64)}
