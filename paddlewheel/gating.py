@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from registry.names import NodeId, Revision
-from registry.rollouts import NONE_BEFORE, RolloutRecord, Stand, standing
+from registry.rollouts import NONE_BEFORE, Phase, RolloutRecord, Stand, standing
 from registry.spec import ModelDocument
 
 
@@ -67,3 +67,21 @@ def next_step(
         case Stand.HOLD:
             shadow = Shadow.PREPARE if is_placed_here else Shadow.KEEP
             return Step(base, shadow, stand.reason)
+
+
+def may_be_last_good(revision: Revision, record: RolloutRecord | None) -> bool | None:
+    """Whether what a document put into force may become what the whole fleet falls back to.
+
+    ``None``: not yet; while it is in force on some nodes only, the others know nothing of it.
+    """
+    if record is None or record.revision < revision:
+        return True  # it waited for nobody
+    if record.revision > revision:
+        return record.previous >= revision
+    match record.phase:
+        case Phase.COMMITTED:
+            return True
+        case Phase.ABORTED:
+            return False
+        case Phase.PREPARING | Phase.WAVING:
+            return None

@@ -36,6 +36,7 @@ from paddlewheel.applied import Applied
 from paddlewheel.follower import Follower
 from paddlewheel.front import BadTls
 from paddlewheel.front_door import Doors
+from paddlewheel.gating import may_be_last_good
 from paddlewheel.gpu_quota import quotas_mb
 from paddlewheel.identity import IdTaken, Lodging, claim, guard
 from paddlewheel.logs import configure_logs
@@ -102,6 +103,8 @@ class Node:
         self._unreported: set[ModelName] = set()
         self._was_ready = False
         self._stop = asyncio.Event()
+        self._baked: dict[ModelName, tuple[ServableId, Revision]] = {}
+        """What served through its bake and is not told of yet."""
         self._routes = Routes()
         self._store = EtcdStore.connect(settings.etcd)
         self._session = Session(self._store, settings.lease_ttl_s)
@@ -244,6 +247,7 @@ class Node:
         self._app.publish(self._routes.remove(model))
         self._pipelines.models_changed()
         self._applied.forget(model)
+        self._baked.pop(model, None)
         self._report(model)  # of a refused document there is still something to say
         self._announce()
 
@@ -274,7 +278,19 @@ class Node:
         self.happened(EventType.QUARANTINE, f"{model}/{servable.version}", data)
 
     def baked(self, model: ModelName, servable: ServableId, revision: Revision) -> None:
-        self._verdicts.baked(model, servable, revision, datetime.now(UTC))
+        self._baked[model] = (servable, revision)
+        self._tell_baked(model)
+
+    def _tell_baked(self, model: ModelName) -> None:
+        """The last good version is the fleet's: one in force on some nodes only has to wait."""
+        if (baked := self._baked.get(model)) is None:
+            return
+        servable, revision = baked
+        may_be = may_be_last_good(revision, self._follower.rollout(model))
+        if may_be is not None:
+            del self._baked[model]
+        if may_be:
+            self._verdicts.baked(model, servable, revision, datetime.now(UTC))
 
     def happened(self, event: EventType, subject: str, data: Mapping[str, Any]) -> None:
         self._soon(self._events.emit, event, subject, data)
@@ -293,6 +309,7 @@ class Node:
         view = self._manager.view(model)
         if self._routes.steer(model, canary) and view is not None:
             self._app.publish(self._routes.put(view))
+        self._tell_baked(model)
         self._report(model)
 
     def _report(self, model: ModelName) -> None:
