@@ -329,9 +329,10 @@ class Follower:
             return None
         view = self._manager.view(model)
         document = (view.aspired if view is not None else None) or known.accepted.document
-        return (
-            last.other_than(document.spec.live) if self._stance.is_placed_here(document) else None
-        )
+        good = last.other_than(document.spec.live)
+        if good is None or good.revision < known.accepted.created:
+            return None  # or from before the model was deleted
+        return good if self._stance.is_placed_here(document) else None
 
     async def _find_last_good(self, model: ModelName) -> None:
         good = self._good(model)

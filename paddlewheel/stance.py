@@ -7,6 +7,7 @@ and the manager's side of it. Nothing here waits: what only history knows is ask
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from loader.manager import Manager
 from paddlewheel.gating import Shadow, Step, next_step
@@ -104,7 +105,7 @@ class Stance:
 
     def _step(self, newest: Accepted, record: RolloutRecord | None) -> Step:
         view = self._manager.view(newest.document.name)
-        return next_step(
+        step = next_step(
             newest.document,
             newest.revision,
             record,
@@ -112,6 +113,10 @@ class Stance:
             aspired=view.aspired_revision if view is not None else None,
             is_placed_here=self.is_placed_here(newest.document),
         )
+        if step.aspire is not None and step.aspire < newest.created:
+            # The record is still of the time before the model was deleted.
+            return replace(step, aspire=None)
+        return step
 
     def _at(self, newest: Accepted, revision: Revision) -> ModelDocument | None:
         if newest.revision == revision:

@@ -110,6 +110,9 @@ class Accepted:
     revision: Revision
     document: ModelDocument
     text: str
+    created: Revision = Revision(0)
+    """Of the model's first document since it was last deleted: what is older is over. 0: not known
+    (from a snapshot)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +333,7 @@ class _Fold:
     def _put(self, kv: KeyValue) -> None:
         match self._keys.parse(kv.key):
             case ModelKey(model):
-                self.document(kv.key, model, kv.mod_revision, kv.value)
+                self.document(kv.key, model, kv.mod_revision, kv.value, kv.create_revision)
             case QuarantineKey(model, version):
                 self._applied[kv.key] = kv.mod_revision
                 self.quarantine(model, version, self._quarantine_of(kv))
@@ -367,13 +370,22 @@ class _Fold:
             case _:
                 pass
 
-    def document(self, key: str, model: ModelName, revision: Revision, raw: bytes) -> None:
+    def document(
+        self,
+        key: str,
+        model: ModelName,
+        revision: Revision,
+        raw: bytes,
+        created: Revision = Revision(0),
+    ) -> None:
         sha256 = _sha256(raw)
         before = self._models.get(model)
         self._applied[key] = revision
         if before is not None and (before.revision, before.sha256) == (revision, sha256):
-            if before.is_missing:
-                self._models[model] = replace(before, is_missing=False)
+            known = before.accepted
+            if known is not None and known.revision >= created:
+                known = replace(known, created=created)
+            self._models[model] = replace(before, accepted=known, is_missing=False)
             return  # listed again, or restored and now listed
         accepted = None if before is None else before.accepted
         try:
@@ -384,7 +396,7 @@ class _Fold:
             errors = _with_lines(raw, self._accept(document))
             if not errors:
                 text = raw.decode("utf-8")
-                accepted = Accepted(revision, document, text)
+                accepted = Accepted(revision, document, text, created)
                 self._models[model] = Known(revision, sha256, (), accepted)
                 self._changes.append(DocumentAccepted(model, revision, document, text))
                 return

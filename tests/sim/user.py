@@ -30,6 +30,8 @@ class Wish:
     revision: Revision = Revision(0)
     is_good: bool = True
     """Whether the document last put parses."""
+    has_faulty: bool = False
+    """Whether one of its versions was."""
     labels: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -75,7 +77,13 @@ class User:
         wish = self.wishes.setdefault(model, Wish())
         wish.number += 1
         version = Version(str(wish.number))
-        self.natures[f"/models/{model}/{version}"] = nature or self._some_nature(wish.number == 1)
+        if nature is None:
+            nature = self._some_nature(wish.number == 1)
+            if nature.faulty_on and wish.has_faulty:
+                # Two that fail in the same way are the device's fault, and nobody repairs it here.
+                nature = Nature(nature.load_s)
+        wish.has_faulty = wish.has_faulty or nature.faulty_on > 0
+        self.natures[f"/models/{model}/{version}"] = nature
         if wish.live is not None:
             wish.before = wish.live
         wish.live = version

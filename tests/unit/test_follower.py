@@ -137,6 +137,29 @@ async def test_the_last_good_version_is_found_in_an_older_document(tmp_path: Pat
             await eventually(lambda: node.live == "1", within_s=3)
 
 
+@pytest.mark.parametrize("sees_it_deleted", [True, False])
+async def test_the_last_good_version_of_a_deleted_model_is_over(
+    tmp_path: Path, sees_it_deleted: bool
+) -> None:
+    store = MemoryStore()
+    revision = await put_with_history(store, document("1"))
+    await store.put(KEYS.lastgood(MODEL), good("1", revision))
+    async with managed(tmp_path) as node:
+        node.world.fails("2", "check", NotAdmitted("params", "cut"))
+        if not sees_it_deleted:
+            await store.delete(KEYS.model(MODEL))
+            await store.put(KEYS.model(MODEL), text(document("2")))
+        async with running(follower_of(node, store, tmp_path)) as follower:
+            if sees_it_deleted:
+                await eventually(lambda: node.live == "1", within_s=3)
+                await store.delete(KEYS.model(MODEL))
+                await eventually(lambda: MODEL not in follower.seen, within_s=3)
+                await store.put(KEYS.model(MODEL), text(document("2")))
+            await eventually(lambda: "2 FAILED" in node.states, within_s=3)
+            await node.passes(0.2)
+            assert node.states == "2 FAILED"
+
+
 async def test_a_start_without_etcd_does_not_wait_for_it(tmp_path: Path) -> None:
     """Last-good versions that only history knows are looked up later, whatever their number."""
     store = MemoryStore()

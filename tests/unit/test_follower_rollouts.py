@@ -96,6 +96,21 @@ async def test_a_document_waits_for_the_commit(tmp_path: Path) -> None:
         assert (len(node.world.workers), node.status.reason) == (loads, None)
 
 
+async def test_a_deleted_document_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    """The record is still the one of the document before, until a coordinator comes to it."""
+    store = MemoryStore()
+    async with managed(tmp_path) as node, running(follower_of(node, store, tmp_path)) as follower:
+        first = await put_with_history(store, document("1", **BARRIER))
+        await say(store, first, "committed")
+        await until(node, "1 LIVE", first)
+        await store.delete(KEYS.model(MODEL))
+        await eventually(lambda: MODEL not in follower.seen, within_s=3)
+        await put(store, document("2", **BARRIER))
+        await until(node, "2 READY", None)
+        await node.passes(0.2)
+        assert node.states == "2 READY"
+
+
 async def test_an_abort_ends_what_was_prepared(tmp_path: Path) -> None:
     store = MemoryStore()
     async with managed(tmp_path) as node, running(follower_of(node, store, tmp_path)):
