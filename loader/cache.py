@@ -87,6 +87,13 @@ class Cache:
             os.utime(path)
         return path
 
+    def is_intact(self, name: str) -> bool:
+        """Whether an entry still has the files whose digest was computed last; a few stats."""
+        try:
+            return self._verified.get(name) == _stat_text(self.folder / name)
+        except OSError:
+            return False
+
     def has_sizes(self, sizes: dict[str, int]) -> bool:
         """Whether some entry has files of these very names and sizes: worth comparing digests."""
         return any(
@@ -148,6 +155,8 @@ class Cache:
         return None
 
     def _evict(self, name: str) -> None:
+        if name in self._leases:
+            return  # even if somebody removed the lock's file meanwhile
         with contextlib.suppress(FileNotFoundError):
             if time.time() - (self.folder / name).stat().st_mtime < self.hold_s:
                 return

@@ -52,6 +52,8 @@ class Loading:
     spawn: Spawn
     reserve: Callable[[], None]
     """Books the memory, or raises `NotAdmitted` with the numbers."""
+    restore: Callable[[], Awaitable[None]]
+    """Sees to it that the files which were checked are still there, before a replacement."""
     on_phase: Callable[[str, float], None]
     """Told the name and length (s) of each phase as it ends: check, load, warm."""
     courtesy: Courtesy
@@ -86,6 +88,7 @@ class Loading:
 
     async def replacement(self) -> Worker:
         """One more worker of the same servable; its files were checked before."""
+        await self.restore()
         worker = await self.spawn()
         try:
             async with asyncio.timeout(self.timeout_s):

@@ -86,11 +86,23 @@ class Readying:
                 compatibility=order.compatibility,
                 spawn=self._zygote.spawn,
                 reserve=partial(self.reserve, servable, fetched),
+                restore=partial(self._restore, order.recipe, fetched),
                 on_phase=on_phase,
                 courtesy=self._courtesy,
                 timeout_s=self._load_timeout_s,
             )
             return loading, await loading.run()
+
+    async def _restore(self, recipe: Recipe, fetched: Fetched) -> None:
+        """Bring the files back if somebody took them out of the cache behind our back.
+
+        Paddle would load a program without its params, and answer with NaN.
+        """
+        if self._repository.has(fetched.digest):
+            return
+        again = await self.fetch(recipe)
+        if again.digest != fetched.digest:
+            raise FetchFailed("its files are gone from the cache, and the source has others now")
 
     async def _golden(self, recipe: Recipe) -> Path | None:
         if recipe.golden is None:

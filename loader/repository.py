@@ -166,6 +166,10 @@ class ModelRepository:
         (only,) = entry.iterdir()
         return only
 
+    def has(self, digest: Digest) -> bool:
+        """Whether a model that was fetched is still in the cache, as it was then."""
+        return self._cache.is_intact(digest.removeprefix("sha256:"))
+
     def lease(self, digest: Digest) -> None:
         """Keep a model's folder from eviction, also by other processes that share the cache.
 
@@ -262,6 +266,7 @@ class ModelRepository:
         try:
             return attempt.run()
         except OSError as exc:  # of the cache: the source's own are translated where they happen
+            self._is_prepared = False  # somebody may have tidied its folders away
             raise FetchFailed(f"cache {self._cache.folder}: {exc.strerror or exc}") from exc
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -102,6 +103,25 @@ async def test_a_killed_zygote_costs_no_request(
             assert worker.is_alive
         assert not started.events("servable_fault")
         assert len(started.named("pw-zygote")) == 1
+        assert len(started.named("pw-worker")) == 2
+
+
+@pytest.mark.parametrize("gone", ["the whole cache", "a model's params"])
+async def test_files_that_somebody_took_out_of_the_cache_are_fetched_again(
+    cluster: EtcdCluster, store: EtcdStore, models: Models, tmp_path: Path, gone: str
+) -> None:
+    """For a worker's replacement, which Paddle would make without its params, and for a load."""
+    async with node(cluster.endpoints, tmp_path) as started:
+        await until_applied(store, await models.put(store, "1"))
+        (worker,) = started.named("pw-worker")
+        async with traffic(started.http, models, gap_max_s=10, rate_per_s=50):
+            if gone == "the whole cache":
+                shutil.rmtree(tmp_path / "cache")
+            else:
+                (params,) = (tmp_path / "cache" / "models").glob("*/*.pdiparams")
+                params.unlink()
+            os.kill(worker.pid, signal.SIGKILL)
+            await until_applied(store, await models.put(store, "2"))
         assert len(started.named("pw-worker")) == 2
 
 

@@ -542,6 +542,21 @@ async def test_a_corrupt_entry_is_fetched_again(
         assert_copy_of(await again.fetch(str(source)), source)
 
 
+async def test_a_cache_that_somebody_removed_is_made_again(
+    repository: Make, source: Path, tmp_path: Path
+) -> None:
+    made = repository()
+    fetched = await made.fetch(str(source))
+    made.lease(fetched.digest)
+    assert made.has(fetched.digest)
+    shutil.rmtree(fetched.folder.parent)
+    assert not made.has(fetched.digest)
+    assert await made.fetch(str(source)) == fetched
+    assert made.has(fetched.digest)
+    (fetched.folder / "inference.pdiparams").unlink()
+    assert not made.has(fetched.digest)
+
+
 async def test_the_least_recently_used_goes_first_and_leased_ones_stay(
     repository: Make, tmp_path: Path
 ) -> None:
