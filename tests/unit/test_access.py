@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
+from jwt.algorithms import RSAAlgorithm
 
 from registry.gateway_spec import Access, GatewayDocument, Jwt, Rate, parse_gateway
 from registry.schema import gateway_fields, gateway_schema
@@ -19,6 +21,7 @@ from registry.spec import ConfigError
 from router.access.api_keys import ApiKeys, digest_of, show_key
 from router.access.buckets import BUCKETS_MAX, Buckets, Quota, headers
 from router.access.errors import AccessClosed, BadToken
+from router.access.guard import Guard, Keyring
 from router.access.jwks import UNKNOWN_KID_S, RemoteKeys
 from router.access.keyring import BadKeys, KeySet, UnknownKey, read_jwks, secret_key, verify
 from router.access.resources import Area, Resource, resource_of
@@ -105,13 +108,14 @@ def test_each_key_is_good_for_its_own_kind_alone() -> None:
 
 
 RSA, EC = ISSUER.jwks["keys"]
+PRIVATE = {**json.loads(RSAAlgorithm.to_jwk(ISSUER.rsa_key)), "key_ops": ["verify"]}
 
 
 @pytest.mark.parametrize(
     "jwks",
     [
         b"", b"[]", b"{}", b'{"keys": {}}', b'{"keys": []}', b"[" * 100_000, b"\xff",
-        {"keys": [{**RSA, "d": "AQAB"}]}, {"keys": [{"kty": "oct", "k": "c2VjcmV0"}]},
+        {"keys": [PRIVATE]}, {"keys": [{"kty": "oct", "k": "c2VjcmV0"}]},
         {"keys": [{**RSA, "use": "enc"}]}, {"keys": [{**RSA, "key_ops": ["encrypt"]}]},
         {"keys": [{**RSA, "alg": "HS256"}]}, {"keys": [{**RSA, "alg": "none"}]},
         {"keys": [{**RSA, "kid": 1}]}, {"keys": [{**RSA, "n": "AQAB"}]},
@@ -157,6 +161,30 @@ async def test_a_key_set_is_looked_for_again_once_for_many_tokens() -> None:
     await remote.refresh()
     assert remote.keys is before, "the last good set stays"
     assert remote.error is not None
+
+
+async def test_what_was_seen_before_is_judged_again() -> None:
+    """A token that was verified once holds no longer than its time, or than the key it is of."""
+    now_s = [time.time()]
+    keyring = Keyring(secret=secret_key(SECRET))
+    document = parse_gateway(gateway_document(secret_file=Path("/k")))
+    guard = Guard(
+        document.spec.access, document.spec.limits, keyring, Buckets(), wall=lambda: now_s[0]
+    )
+    credential = {"Authorization": f"Bearer {ISSUER.token('HS256')}"}
+    request = make_mocked_request("POST", "/", headers=credential)
+    for _ in range(2):
+        assert (await guard.admit(request, Resource(Area.MODEL, "mlp"))).caller.name == "alice"
+    now_s[0] += 700
+    with pytest.raises(BadToken, match="expired"):
+        await guard.admit(request, Resource(Area.MODEL, "mlp"))
+    now_s[0] -= 700
+    keyring.secret = secret_key(b"x" * 64)
+    with pytest.raises(BadToken, match="signature"):
+        await guard.admit(request, Resource(Area.MODEL, "mlp"))
+    keyring.secret = None
+    with pytest.raises(AccessClosed):
+        await guard.admit(request, Resource(Area.MODEL, "mlp"))
 
 
 def test_only_keys_that_we_made_are_keys() -> None:
