@@ -134,8 +134,13 @@ class PipelineEndpoint:
                 "X-Config-Revision": str(binder.plan.revision),
             }
             claims = None if admission is None else admission.caller.claims
+            serving = published.serving
             bound = binder.bind(
-                published.serving, request.headers, claims=claims, chance=random.random()
+                serving.table,
+                serving.predictors,
+                request.headers,
+                claims=claims,
+                chance=random.random(),
             )
             exchange = parse(body, request.headers, bound.wiring.signature)
             del body
@@ -146,7 +151,7 @@ class PipelineEndpoint:
                     timeout_s = min(timeout_s, wanted_s)
             with contextlib.ExitStack() as held:
                 for servable in bound.servables:
-                    held.enter_context(published.serving.predictors[servable].held())
+                    held.enter_context(serving.predictors[servable].held())
                 ran = await self._run(
                     request, request_id, published, bound, exchange.feeds, began_s + timeout_s
                 )
@@ -213,7 +218,7 @@ class PipelineEndpoint:
         status = CLIENT_CLOSED
         try:
             served = await self._inferences.run(
-                bound.serving, choice, target, feeds, deadline_s=until_s
+                published.serving, choice, target, feeds, deadline_s=until_s
             )
             status = 200
             if served.choice != choice:
@@ -282,7 +287,7 @@ class PipelineEndpoint:
     def metadata(self, name: str, version: str | None) -> Reply:
         """``GET /v2/models/<pipeline>``. Raises `PipelineBroken`, `UnknownPipeline`."""
         binder = self._binder(name, version)
-        bound = binder.by_default(self._inferences.published.serving)
+        bound = self._bound_by_default(binder)
         revision = str(binder.plan.revision)
         shown = open_inference.metadata(name, [revision], bound.wiring.signature, PLATFORM)
         return json_reply(shown, X_Config_Revision=revision)
@@ -303,11 +308,15 @@ class PipelineEndpoint:
             return "a model has this name"
         return self._by_default(self._entry(name))[1]
 
+    def _bound_by_default(self, binder: Binder) -> Bound:
+        serving = self._inferences.published.serving
+        return binder.by_default(serving.table, serving.predictors)
+
     def _by_default(self, entry: _Entry) -> tuple[Bound | None, str | None]:
         if entry.binder is None:
             return None, "no document of it was accepted"
         try:
-            return entry.binder.by_default(self._inferences.published.serving), None
+            return self._bound_by_default(entry.binder), None
         except PipelineBroken as exc:
             return None, exc.why
 

@@ -104,9 +104,8 @@ def pipelines(pipeline: str | None, etcd: EtcdOptions, output: OutputFormat) -> 
             standing, detail = view.standing(status)
             styled = cell(standing, _STYLES.get(standing, "yellow"))
             rows.append([view.name, shown, node, status.applied_revision, styled, detail])
-        rows += [
-            [view.name, shown, node, None, cell("unseen", "yellow"), None] for node in view.unseen
-        ]
+        for node in view.unseen:
+            rows.append([view.name, shown, node, None, cell("unseen", "yellow"), None])
         if not view.statuses and not view.unseen:
             rows.append([view.name, shown, None, None, cell("no node", "yellow"), view.problem])
     print_table(_HEADINGS, rows, empty="no pipelines")

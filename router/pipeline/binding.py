@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from registry.inference import Signature
+from registry.inference import Predictor, Signature
 from registry.names import ServableId
 from router.errors import RouterError
 from router.pipeline.errors import PipelineBroken
 from router.pipeline.plan import Plan
 from router.pipeline.wiring import Wiring, wire
 from router.rules import Headers
-from router.serving import Serving
-from router.table import STABLE, Choice, RequestFacts
+from router.table import STABLE, Choice, RequestFacts, RouteTable
 
 _WIRINGS_MAX = 64
+
+Predictors = Mapping[ServableId, Predictor]
+"""Those that the table was published with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,6 @@ class Bound:
     """All that one request needs to know, of one moment."""
 
     plan: Plan
-    serving: Serving
     choices: Mapping[str, Choice]
     """For each step that is a model of this node, the version it runs on."""
     wiring: Wiring
@@ -44,7 +45,8 @@ class Binder:
 
     def bind(
         self,
-        serving: Serving,
+        table: RouteTable,
+        predictors: Predictors,
         headers: Headers,
         *,
         claims: Mapping[str, Any] | None = None,
@@ -65,15 +67,15 @@ class Binder:
             key = (step.model, step.version, step.label)
             if key not in made:
                 try:
-                    made[key] = serving.table.pick(
+                    made[key] = table.pick(
                         RequestFacts(*key, headers=headers, claims=claims, chance=chance)
                     )
                 except RouterError as exc:
                     raise PipelineBroken(self.plan.name, f"step {name!r}: {exc}") from exc
             choices[name] = made[key]
-        return Bound(self.plan, serving, choices, self._wiring(serving, choices))
+        return Bound(self.plan, choices, self._wiring(predictors, choices))
 
-    def by_default(self, serving: Serving) -> Bound:
+    def by_default(self, table: RouteTable, predictors: Predictors) -> Bound:
         """Bind for a request that no rule takes: what metadata and readiness speak of."""
         choices: dict[str, Choice] = {}
         for name, planned in self.plan.steps.items():
@@ -83,23 +85,23 @@ class Binder:
             assert step.model is not None
             label = step.label or (STABLE if step.version is None else None)
             try:
-                choices[name] = serving.table.pick(RequestFacts(step.model, step.version, label))
+                choices[name] = table.pick(RequestFacts(step.model, step.version, label))
             except RouterError as exc:
                 raise PipelineBroken(self.plan.name, f"step {name!r}: {exc}") from exc
-        return Bound(self.plan, serving, choices, self._wiring(serving, choices))
+        return Bound(self.plan, choices, self._wiring(predictors, choices))
 
-    def _wiring(self, serving: Serving, choices: Mapping[str, Choice]) -> Wiring:
+    def _wiring(self, predictors: Predictors, choices: Mapping[str, Choice]) -> Wiring:
         key = tuple(choice.servable for choice in choices.values())
         wiring = self._wirings.get(key)
         if wiring is None:
-            wiring = wire(self.plan, self._signatures(serving, choices))
+            wiring = wire(self.plan, self._signatures(predictors, choices))
             if len(self._wirings) >= _WIRINGS_MAX:
                 self._wirings.clear()  # versions that are long gone
             self._wirings[key] = wiring
         return wiring
 
     def _signatures(
-        self, serving: Serving, choices: Mapping[str, Choice]
+        self, predictors: Predictors, choices: Mapping[str, Choice]
     ) -> Mapping[str, Signature | None]:
         signatures: dict[str, Signature | None] = {}
         for name, planned in self.plan.steps.items():
@@ -111,7 +113,7 @@ class Binder:
                     )
                 signatures[name] = self._transforms[transform]
             elif name in choices:
-                signatures[name] = serving.predictors[choices[name].servable].signature
+                signatures[name] = predictors[choices[name].servable].signature
             else:
                 signatures[name] = None
         return signatures
