@@ -80,8 +80,8 @@ class Term:
         """Models with a document key, whether or not it parses."""
         self._unlisted: set[str] | None = None
         """Prefixes of the fleet that are not known yet; ``None``: not asked for."""
-        self._unsure: set[ModelName] = set()
-        """Models whose record a write with a lost answer may have changed."""
+        self._told: dict[ModelName, RolloutRecord | None] = {}
+        """The records of which the world was told by events, as far as this term knows."""
         self._unpromotable: set[tuple[ModelName, Revision]] = set()
         """Documents that could not be rewritten; said once."""
         self._deserted: set[ModelName] = set()
@@ -107,7 +107,7 @@ class Term:
             for kv in documents.kvs:
                 await self._take_document(kv)
             self._touched |= {*self._existing, *self._view.records}
-            self._tell_again()
+            self._leave_out_old_news()
             self._start(self._watch(self._keys.rollouts_prefix, records, self._take))
             self._start(self._watch(self._keys.models_prefix, documents, self._take_documents))
             self._start(self._decide())
@@ -131,13 +131,20 @@ class Term:
             if not self._ended.done():
                 self._ended.set_result(None)
 
-    def _tell_again(self) -> None:
-        for _, record in self._view.records.values():
-            if record is not None and (
-                not record.has_ended or abs(self._now() - record.since) < TOLD_AGAIN
-            ):
-                for telling in tellings(None, record):
-                    self._tell(telling)
+    def _leave_out_old_news(self) -> None:
+        """What is under way, and what is young, is told (again) at the beginning of a term."""
+        for model, (_, record) in self._view.records.items():
+            is_old = record is not None and abs(self._now() - record.since) >= TOLD_AGAIN
+            if record is not None and record.has_ended and is_old:
+                self._told[model] = record
+
+    def _tell_news(self, model: ModelName) -> None:
+        """Tell what became of the record: by our writes, also those whose answer was lost."""
+        before, now = self._told.get(model), self._view.record(model)
+        self._told[model] = now
+        if now is not None and now != before:
+            for telling in tellings(before, now):
+                self._tell(telling)
 
     # --- what there is ------------------------------------------------------------------------
 
@@ -282,12 +289,7 @@ class Term:
 
     async def _step(self, model: ModelName) -> None:
         """Write what is to be said of one model, as far as that goes without waiting."""
-        if model in self._unsure:
-            try:
-                await self._read_record(model)
-            except StoreError as exc:
-                self._retry(model, exc)
-                return
+        self._tell_news(model)
         if model not in self._existing:
             await self._forget(model)
             return
@@ -313,12 +315,10 @@ class Term:
                 if again_s is not None:
                     self._due_s[model] = self._clock_s() + max(WAKE_MIN_S, again_s)
                 return
-            if not await self._write(model, seen.mod_revision, world, record):
+            if not await self._write(model, seen.mod_revision, record):
                 return
 
-    async def _write(
-        self, model: ModelName, document: Revision, world: World, record: RolloutRecord
-    ) -> bool:
+    async def _write(self, model: ModelName, document: Revision, record: RolloutRecord) -> bool:
         """document: the mod_revision of the key, which may hold one that does not parse."""
         key = self._keys.rollout(model)
         is_newest = ModRevisionIs(self._keys.model(model), document)
@@ -338,8 +338,7 @@ class Term:
             "rollout_written", model=model, revision=record.revision, phase=record.phase.value,
             wave=record.wave, paused=record.paused, reason=record.reason,
         )  # fmt: skip
-        for telling in tellings(world.record, record):
-            self._tell(telling)
+        self._tell_news(model)
         return True
 
     async def _promote(self, model: ModelName, seen: DocumentSeen, world: World) -> None:
@@ -398,14 +397,4 @@ class Term:
             raise exc
         failures = self._failures[model] = self._failures.get(model, 0) + 1
         log.info("rollout_not_written", model=model, error=str(exc))
-        self._unsure.add(model)
         self._due_s[model] = self._clock_s() + backoff_s(self._rng, failures)
-
-    async def _read_record(self, model: ModelName) -> None:
-        """What became of a write whose answer was lost."""
-        kv = await self._store.get(self._keys.rollout(model))
-        if kv is not None:
-            self._view.take_record(model, kv)
-        else:
-            self._view.drop_record(model, self._view.record_revision(model))
-        self._unsure.discard(model)

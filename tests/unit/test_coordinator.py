@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from paddlewheel.rollout.coordinator import Coordinator
-from registry.memory_store import MemoryStore
+from registry.events import EventType
+from registry.memory_store import Fate, MemoryStore
 from registry.names import Revision
 from registry.records import HistoryEntry
 from registry.rollouts import OrderKind, Phase, RolloutRecord
@@ -231,6 +232,31 @@ async def test_a_coordinator_killed_at_any_write_is_replaced_and_the_rollout_goe
             assert others
 
 
+@pytest.mark.parametrize("fate", ["applied", "lost", "late"])
+async def test_writes_whose_answer_was_lost_are_told_like_all_others(fate: Fate) -> None:
+    store = MemoryStore()
+    client = store.client()
+    told: list[str] = []
+
+    def emit(type_: EventType, *_: object, id_: str | None = None, **__: object) -> None:
+        told.append(f"{type_.rpartition('.')[2]} {id_}")
+
+    coordinator = Coordinator(client, K, "c", emit=emit, now=lambda: AT, parse=parse_here)
+    async with played_fleet(store) as nodes:
+        task = asyncio.create_task(coordinator.run())
+        await eventually(lambda: coordinator.terms == 1, within_s=10)
+        client.faults.ambiguous = [fate, fate]
+        second = await store.put(K.model(M), text("2", BARRIER))
+        record = await ended(store, second)
+        client.deliver_late()
+        await asyncio.sleep(1)
+        assert await record_of(store) == record
+        assert [each.split()[0] for each in dict.fromkeys(told)] == ["started", "committed"]
+        await converged(nodes, second)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_nodes_that_are_late_abort_it() -> None:
     store = MemoryStore()
     async with coordinating(store), played_fleet(store) as nodes:
@@ -285,11 +311,17 @@ async def test_a_coordinator_frozen_before_its_write_cannot_do_it_later() -> Non
         client.faults.before = freeze
         await asyncio.wait_for(frozen.wait(), 20)
         await store.delete(K.coordinator)  # as when its lease is over
+        await store.put(K.coordinator, b"another, which has written nothing so far")
+        thaw.set()
+        await asyncio.sleep(1)
+        assert (await until(store, lambda _: True)).phase is Phase.PREPARING
+        client.cut_off()
+        await store.delete(K.coordinator)
         async with coordinating(heir, "heir"):
             await order(store, OrderKind.ABORT, second)
             record = await ended(store, second)
             assert (record.phase, record.coordinator) == (Phase.ABORTED, "heir")
-            thaw.set()
+            client.heal()
             await asyncio.sleep(1)
             assert await record_of(store) == record
             assert ghosts[0].terms == 1
