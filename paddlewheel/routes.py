@@ -50,6 +50,7 @@ def route_of(view: ModelView, stand: CanaryStand = NOT_YET) -> Route:
         canary=in_force.canary,
         rules=canary_rules(view.name, canary, stand),
         revision=in_force.revision,
+        is_barrier=document is not None and document.spec.rollout.strategy == "barrier",
         required=view.is_required,
         pinned=pinned,
         unavailable=unavailable,

@@ -20,6 +20,9 @@ FLOOR_HEADER = "X-Min-Config-Revision"
 of a node it is of no use, and no harm: it waits for `WAIT_MAX_S` at most."""
 REVISION_HEADER = "X-Config-Revision"
 """The document that an answer comes from."""
+ROLLOUT_HEADER = "X-Config-Rollout"
+"""``barrier`` in answers from a document with that strategy. Who passes one on passes on none from
+an older document, whether or not it has heard of the document itself."""
 WAIT_MAX_S = 1.0
 """The coordinator's word takes milliseconds; who has not heard it by then is cut off."""
 WAITING_MAX = 4096

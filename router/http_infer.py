@@ -20,7 +20,13 @@ from router.access.resources import Area, Resource
 from router.canary_watch import CanaryWatch
 from router.deadline import TIMEOUT_HEADER, parse_timeout_s
 from router.dispatch import Served, dispatch
-from router.floor import FLOOR_HEADER, FloorGate, parse_floor
+from router.floor import (
+    FLOOR_HEADER,
+    REVISION_HEADER,
+    ROLLOUT_HEADER,
+    FloorGate,
+    parse_floor,
+)
 from router.http_body import pack, read_body, wanted_packing
 from router.http_errors import CLIENT_CLOSED, JSON, PROBLEM
 from router.http_reply import SERVER
@@ -65,6 +71,7 @@ class Published:
         if target is None:
             model, version = choice.servable.model, choice.servable.version
             route = choice.kind if rule is None else f"{choice.kind}; rule={rule}"
+            of = self.serving.table.route(model)
             target = self._targets[key] = Target(
                 self.serving.predictors[choice.servable],
                 self._metrics.series(model, version, choice.kind),
@@ -73,7 +80,8 @@ class Published:
                     "X-Model-Name": model,
                     "X-Model-Version": version,
                     "X-Model-Route": route,
-                    "X-Config-Revision": str(self.serving.table.route(model).revision),
+                    REVISION_HEADER: str(of.revision),
+                    **({ROLLOUT_HEADER: "barrier"} if of.is_barrier else {}),
                 },
                 self.serving.watches.get(model),
             )

@@ -19,7 +19,7 @@ from registry.names import ModelName, NodeId, Revision
 from router.deadline import TIMEOUT_HEADER, show_timeout_ms
 from router.errors import BadRequest, BodyTooLarge, NothingServes, SlowUpload
 from router.fleet.selection import Want
-from router.floor import FLOOR_HEADER, REVISION_HEADER
+from router.floor import FLOOR_HEADER, REVISION_HEADER, ROLLOUT_HEADER
 from router.http_body import UPLOAD_TIMEOUT_S
 from router.rotation import Rotation
 from router.table import NO_REVISION
@@ -292,8 +292,14 @@ class Proxy:
             exchange = await self._send(upstream, forward, deadline_s, until_s, floor)
             if forward.has_floor:
                 # Before a byte of it goes on: who has seen this answer gets no older one.
-                revision = exchange.message.headers.get(REVISION_HEADER, "")
-                self._rotation.answered_from(model, upstream.id, revision, floor=floor)
+                shown = exchange.message.headers
+                self._rotation.answered_from(
+                    model,
+                    upstream.id,
+                    shown.get(REVISION_HEADER, ""),
+                    is_barrier=ROLLOUT_HEADER in shown,
+                    floor=floor,
+                )
             try:
                 answer = Answer(upstream, exchange, await _whole(exchange, forward, until_s))
             except BaseException:

@@ -164,25 +164,35 @@ class Rotation:
             self._pools.clear()
 
     def answered_from(
-        self, model: ModelName, node: NodeId, revision: str, *, floor: Revision
+        self,
+        model: ModelName,
+        node: NodeId,
+        revision: str,
+        *,
+        is_barrier: bool = False,
+        floor: Revision = NO_REVISION,
     ) -> bool:
         """An answer's head is here; return whether it is from under the ``floor`` asked for.
 
-        revision: its ``X-Config-Revision``.
+        revision: its ``X-Config-Revision``. is_barrier: whether it says that this document came
+        into force everywhere at once.
         """
-        if self._seen.get(model) == revision:
+        if self._seen.get(model) == revision and node not in self._behind.get(model, ()):
             return False
         if not (revision.isascii() and revision.isdigit() and len(revision) < _DIGITS_MAX):
             return False
-        number = Revision(int(revision))
+        number, behind = Revision(int(revision)), self._behind.setdefault(model, set())
         if number < floor:
-            self._behind.setdefault(model, set()).add(node)
+            behind.add(node)
             self._pools.clear()
             return True
-        if raises_floor(self._documents.get(model, {}), number):
+        if is_barrier or raises_floor(self._documents.get(model, {}), number):
             self._raise_floor(model, number)
         if number >= self._floors.get(model, number):
             self._seen[model] = revision
+            if node in behind:
+                behind.discard(node)
+                self._pools.clear()
         return False
 
     def is_behind(self, model: ModelName, node: NodeId) -> bool:
@@ -328,6 +338,7 @@ class Rotation:
         if ejections is not None:
             out = ejections.ejected(self._clock())
             self._pools_until_s = min(self._pools_until_s, ejections.next_end_s)
+        floor = NO_REVISION if want.kind == PINNED else self._floors.get(model, NO_REVISION)
         found = candidates(
             self.fleet,
             model,
@@ -335,8 +346,9 @@ class Rotation:
             self.vitals,
             out,
             self._zone,
-            floor=NO_REVISION if want.kind == PINNED else self._floors.get(model, NO_REVISION),
+            floor=floor,
             behind=self._behind.get(model, frozenset()),
+            is_news=floor > max(self._documents.get(model, ()), default=NO_REVISION),
         )
         return _Pool(
             found,

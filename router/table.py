@@ -60,6 +60,8 @@ class Route:
     rules: CompiledRules | None = None
     revision: Revision = NO_REVISION
     """Of the document in force: ``X-Config-Revision``."""
+    is_barrier: bool = False
+    """Whether that document came into force everywhere at once."""
     required: bool = True
     """Whether this node is unready without it."""
     pinned: Mapping[Version, ServableId] = field(default_factory=dict[Version, ServableId])

@@ -24,10 +24,8 @@ def floor_of(record: RolloutRecord | None) -> Revision:
 def raises_floor(documents: Mapping[Revision, ModelDocument], revision: Revision) -> bool:
     """Whether an answer from ``revision`` means that nothing older may answer.
 
-    documents: those of the model that are known. One that is not known (nodes may hear of it
-    first) is taken for what the newest is.
+    documents: those of the model that are known. Of another one its node knows (`ROLLOUT_HEADER`
+    of `router.floor`).
     """
-    if not documents:
-        return False
-    document = documents.get(revision) or documents[max(documents)]
-    return document.spec.rollout.strategy == "barrier"
+    document = documents.get(revision)
+    return document is not None and document.spec.rollout.strategy == "barrier"

@@ -81,6 +81,7 @@ def candidates(
     *,
     floor: Revision = NO_REVISION,
     behind: AbstractSet[NodeId] = frozenset(),
+    is_news: bool = False,
 ) -> Candidates:
     """The nodes for requests of ``model``; empty only when none ever said that it serves that.
 
@@ -93,6 +94,8 @@ def candidates(
     zone: labels that a node shares to be near; empty: all are.
     floor: the oldest document to be answered from. Where no node at all has it in force or ready,
     an answer from an older one is better than none. behind: nodes found to lack it after all.
+    is_news: that document was heard of from a node, before etcd told of it: what nodes last said
+    of themselves is as old, so whoever is not behind is asked.
     """
     hosts = _hosts(fleet, model, want, vitals, ejected)
     good = [host for host in hosts if host.is_good]
@@ -112,6 +115,8 @@ def candidates(
     if floor and chosen:
         there = [host for host in chosen if host.reaches(floor, behind)]
         there = there or [host for host in answering if host.reaches(floor, behind)]
+        if not there and is_news:
+            there = [host for host in chosen if host.node not in behind]
         is_panic = is_panic or not there
         floor = floor if there else NO_REVISION
         chosen = there or chosen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -61,6 +60,16 @@ async def test_after_the_first_new_answer_nothing_older_is_asked_for() -> None:
         for _ in range(3):
             assert await ask(front.url) == (200, "10")
         assert floors(node) == [b"", b"10", b"10"]
+
+
+async def test_a_document_that_only_its_node_has_heard_of() -> None:
+    async with (
+        raw_node(answer(X_Config_Revision="12", X_Config_Rollout="barrier")) as node,
+        gateway({"a": node.url}) as front,
+    ):
+        assert await ask(front.url) == (200, "12")
+        assert await ask(front.url) == (200, "12")
+        assert floors(node) == [b"", b"12"]
 
 
 async def test_a_clients_own_floor_is_not_passed_on() -> None:
@@ -127,11 +136,17 @@ async def test_where_nobody_reaches_it_the_client_gets_an_answer_all_the_same() 
 # --- the node's side ----------------------------------------------------------------------------
 
 
-def at_revision(revision: int) -> Serving:
+def at_revision(revision: int, *, is_barrier: bool = False) -> Serving:
     predictor = NumpyPredictor(servable("one", "1"), ONE, 1.0)
     pinned = {predictor.id.version: predictor.id}
-    route = Route(M, live=predictor.id, revision=Revision(revision), pinned=pinned)
-    return serving((replace(route, model=predictor.id.model), (predictor,)))
+    route = Route(
+        predictor.id.model,
+        live=predictor.id,
+        revision=Revision(revision),
+        is_barrier=is_barrier,
+        pinned=pinned,
+    )
+    return serving((route, (predictor,)))
 
 
 async def infer(url: str, path: str = "/v2/models/one/infer", **headers: str) -> tuple[int, Any]:
@@ -149,9 +164,12 @@ async def test_a_node_makes_a_request_wait_for_its_document() -> None:
         assert (await infer(url, X_Min_Config_Revision="10"))[0] == 200
         waiting = asyncio.create_task(infer(url, X_Min_Config_Revision="11"))
         await eventually(lambda: app.floors.waiting == 1, within_s=2)
-        app.publish(at_revision(11))
+        app.publish(at_revision(11, is_barrier=True))
         status, headers = await waiting
         assert (status, headers["X-Config-Revision"]) == (200, "11")
+        assert headers["X-Config-Rollout"] == "barrier"
+        app.publish(at_revision(12))
+        assert "X-Config-Rollout" not in (await infer(url))[1]
 
 
 async def test_a_node_that_does_not_get_so_far_says_so() -> None:
