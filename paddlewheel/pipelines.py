@@ -79,6 +79,9 @@ class PipelineKeeper:
         self._endpoint = endpoint
         self._snapshot_path = snapshot_path
         self._known: dict[ModelName, _Known] = {}
+        self._heard: Listing | None = None
+        self._missing: set[ModelName] = set()
+        """Served on although the store that answers now has never heard of them."""
         self._is_complete = False
         self._folding = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipelines")
@@ -121,22 +124,26 @@ class PipelineKeeper:
                 await asyncio.sleep(REFUSED_RETRY_S)
 
     async def _follow_listing(self) -> None:
-        """List, then watch. Returns when the store went back in time: list again."""
+        """List, then watch. Returns when the store is another one, or in its past: list again."""
         prefix = self._keys.pipelines_prefix
         listing = await self._list(prefix)
         listed = {kv.key for kv in listing.kvs}
+        is_other = self._is_other(listing)
+        self._heard = listing
         for name in [n for n in self._known if self._keys.pipeline(n) not in listed]:
-            self._delete(name, listing.revision)
+            self._let_go(name, listing.revision, is_other=is_other)
         for kv in sorted(listing.kvs, key=lambda kv: kv.mod_revision):
             await self._take(kv)
         self._is_complete = True
         self._publish()
         revision = listing.revision
         async for batch in self._store.watch_prefix(prefix, known=listing):
-            if batch.revision < revision:
+            is_other = batch.store_id not in ("", listing.store_id)
+            if batch.revision < revision or is_other:
                 log.warning("store_rewound", prefix=prefix, was=revision, now=batch.revision)
                 return
             revision = batch.revision
+            self._heard = replace(listing, revision=revision)
             for event in batch.events:
                 match event:
                     case Put(kv):
@@ -146,6 +153,21 @@ class PipelineKeeper:
                         if isinstance(parsed, PipelineKey):
                             self._delete(parsed.name, at)
             self._publish()
+
+    def _is_other(self, listing: Listing) -> bool:
+        """Whether this is another store than the one listed before, or that one in its past."""
+        before = self._heard
+        if before is None:
+            return False  # a start: only the store knows what was deleted meanwhile
+        return listing.revision < before.revision or listing.store_id != before.store_id
+
+    def _let_go(self, name: ModelName, revision: Revision, *, is_other: bool) -> None:
+        """Deal with a document that is not listed: what another store lacks, nobody deleted."""
+        if is_other and name not in self._missing:
+            self._missing.add(name)
+            log.warning("document_missing_and_kept", pipeline=name)
+        if name not in self._missing:
+            self._delete(name, revision)
 
     async def _list(self, prefix: str) -> Listing:
         retrying = AsyncRetrying(
@@ -169,6 +191,7 @@ class PipelineKeeper:
     ) -> None:
         """Judge one document. ask: whether etcd is asked for a model of that name."""
         sha256 = hashlib.sha256(text).hexdigest()
+        self._missing.discard(name)
         before = self._known.get(name)
         if before is not None and (before.revision, before.sha256) == (revision, sha256):
             return
@@ -239,6 +262,7 @@ class PipelineKeeper:
             return False  # models go first anyway: the status will say so
 
     def _delete(self, name: ModelName, revision: Revision) -> None:
+        self._missing.discard(name)
         if self._known.pop(name, None) is None:
             return
         log.info("pipeline_deleted", pipeline=name, revision=revision)

@@ -105,7 +105,8 @@ def pipelines(pipeline: str | None, etcd: EtcdOptions, output: OutputFormat) -> 
             styled = cell(standing, _STYLES.get(standing, "yellow"))
             rows.append([view.name, shown, node, status.applied_revision, styled, detail])
         for node in view.unseen:
-            rows.append([view.name, shown, node, None, cell("unseen", "yellow"), None])
+            unseen: list[object] = [view.name, shown, node, None, cell("unseen", "yellow"), None]
+            rows.append(unseen)
         if not view.statuses and not view.unseen:
             rows.append([view.name, shown, None, None, cell("no node", "yellow"), view.problem])
     print_table(_HEADINGS, rows, empty="no pipelines")

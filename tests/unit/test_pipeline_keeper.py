@@ -35,8 +35,12 @@ class PlayedStore(MemoryStore):
 
     list_failures: list[Exception]
     rewinds: int = 0
+    listed: Listing | None = None
+    """What it says instead of what it has."""
 
     async def list_prefix(self, prefix: str) -> Listing:
+        if prefix == KEYS.pipelines_prefix and self.listed is not None:
+            return self.listed
         if prefix == KEYS.pipelines_prefix and self.list_failures:
             raise self.list_failures.pop(0)
         return await super().list_prefix(prefix)
@@ -168,6 +172,25 @@ async def test_a_store_that_goes_back_in_time_is_listed_again(tmp_path: Path) ->
         assert store.rewinds == 0
         newer = await kept.put(GOOD + b" ")
         await kept.told(applied_revision=newer)
+
+
+async def test_what_another_store_lacks_is_served_on(tmp_path: Path) -> None:
+    store = PlayedStore()
+    await store.put(KEYS.pipeline(P), GOOD)
+    async with keeping(tmp_path, store) as kept:
+        await kept.told(ready=True)
+        empty = Listing((), Revision(1), "another")
+        store.listed = empty
+        again = asyncio.create_task(kept.keeper._follow_listing())
+        await asyncio.sleep(0.02)
+        assert kept.app.pipelines.has("p"), "deleted by nobody"
+        again.cancel()
+        await asyncio.gather(again, return_exceptions=True)
+        store.listed = None
+        newer = await kept.put(GOOD + b" ")
+        await kept.told(applied_revision=newer)
+        await store.delete(KEYS.pipeline(P))
+        await eventually(lambda: not kept.app.pipelines.has("p"), within_s=5)
 
 
 async def test_a_models_name_is_free_when_the_model_goes(tmp_path: Path) -> None:
