@@ -8,8 +8,8 @@ import hashlib
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tenacity import (
 from loader.cache import FILE_PREFIX, HOLD_S, Cache, DiskFull
 from loader.copying import Copier, SourceChanged, gather
 from loader.errors import FetchFailed, NotAdmitted
+from loader.fetch_threads import FetchThreads
 from loader.model_files import (
     ModelFiles,
     NoSuchModel,
@@ -44,7 +45,6 @@ Progress = Callable[[int, int], None]
 """Bytes done and in all (0: not known), called on the event loop."""
 
 ATTEMPTS = 4
-_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class ModelRepository:
         self._allow = tuple(allow)
         self._attempts = attempts
         self._flights: dict[_FlightKey, _Flight] = {}
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
+        self._threads = FetchThreads()
         self._is_prepared = False
 
     async def fetch(
@@ -189,7 +189,7 @@ class ModelRepository:
             flight.stop.set()
             flight.task.cancel()
         await asyncio.gather(*(flight.task for flight in flights), return_exceptions=True)
-        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        await self._threads.close()
 
     # --- sharing ----------------------------------------------------------------------------------
 
@@ -246,10 +246,10 @@ class ModelRepository:
                 reraise=True,
             ):
                 with trial:
-                    return await loop.run_in_executor(self._threads, self._attempt, attempt)
+                    return await self._threads.run(partial(self._attempt, attempt))
         except FetchFailed as exc:
             if exc.retryable and not isinstance(exc, SourceChanged | DiskFull):
-                last = await loop.run_in_executor(self._threads, attempt.last_given)
+                last = await self._threads.run(attempt.last_given)
                 if last is not None:
                     log.warning("source_unreachable", source=job.folder, reason=str(exc))
                     return last

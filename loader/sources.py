@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
+import aiohttp
 import fsspec
 
 from loader.errors import FetchFailed
 
 CHUNK_BYTES = 4 << 20
 """Small enough that a fetch given up ends soon, large enough that hashing never waits."""
+
+_HTTP_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=30.0)
+"""A server that goes silent is given up soon; how long a large file takes does not matter
+(aiohttp's own limit is five minutes for a whole answer, and none for silence)."""
 
 _LOCAL_SCHEMES = ("", "file", "local")
 _EXTRA_OF_SCHEME: Mapping[str, str] = {
@@ -180,8 +185,11 @@ class RemoteFolder:
         self.url = url
         scheme = url.partition("://")[0].lower()
         extra = _EXTRA_OF_SCHEME.get(scheme)
+        options: dict[str, Any] = {}
+        if scheme in ("http", "https"):
+            options["client_kwargs"] = {"timeout": _HTTP_TIMEOUT}
         try:
-            fs, path = fsspec.core.url_to_fs(url)
+            fs, path = fsspec.core.url_to_fs(url, **options)
         except ImportError as exc:
             how = f"pip install 'paddlewheel[{extra}]'" if extra else str(exc)
             raise FetchFailed(
@@ -262,6 +270,8 @@ def _translated(what: str) -> Generator[None]:
         if not _is_missing(exc):
             raise FetchFailed(f"{what}: {exc.__cause__!r}") from exc
         raise FetchFailed(f"{what} does not exist", retryable=False) from exc
+    except TimeoutError as exc:  # fsspec's has no text
+        raise FetchFailed(f"{what}: no answer in time") from exc
     except (NotADirectoryError, IsADirectoryError, PermissionError) as exc:
         raise FetchFailed(f"{what}: {exc.strerror or exc}", retryable=False) from exc
     except OSError as exc:

@@ -15,6 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any
 
+import aiohttp
 import fsspec
 import pytest
 
@@ -145,6 +146,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         self.requests: list[str] = []
         self.failures = 0
+        self.is_silent = threading.Event()
+        """Set: files begin, and then nothing more comes until it is cleared."""
         self.lists = True
         self.has_etags = True
 
@@ -161,6 +164,13 @@ class Server(ThreadingHTTPServer):
                     self.send_error(503)
                 elif self.path.endswith("/") and not self.server.lists:
                     self.send_error(404)
+                elif self.path.endswith(".pdiparams") and self.server.is_silent.is_set():
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000000")
+                    self.end_headers()
+                    self.wfile.write(b"x" * 1000)
+                    while self.server.is_silent.is_set():
+                        threading.Event().wait(0.02)
                 else:
                     super().do_GET()
 
@@ -208,6 +218,23 @@ async def test_a_server_that_fails_for_a_moment(
 ) -> None:
     server.failures = 2
     assert_copy_of(await repository().fetch(f"{server.url}/source"), source)
+
+
+async def test_a_server_that_goes_silent_is_given_up(
+    repository: Make, server: Server, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silence = aiohttp.ClientTimeout(total=None, sock_read=0.2)
+    monkeypatch.setattr(loader.sources, "_HTTP_TIMEOUT", silence)
+    server.is_silent.set()
+    one = repository(attempts=1)
+    try:
+        with pytest.raises(FetchFailed) as caught:
+            await asyncio.wait_for(one.fetch(f"{server.url}/source"), 5)
+    finally:
+        server.is_silent.clear()
+    assert caught.value.retryable
+    assert "no answer in time" in str(caught.value)
+    assert_copy_of(await one.fetch(f"{server.url}/source"), source)
 
 
 async def test_a_source_that_is_away_is_answered_from_the_cache(
