@@ -21,7 +21,7 @@ from router.dispatch import dispatch
 from router.errors import RouterError, UnknownModel
 from router.fleet.probes import UNKNOWN, Vitals
 from router.fleet.selection import ANY
-from router.floor import FLOOR_HEADER, REVISION_HEADER, Behind
+from router.floor import FLOOR_HEADER, REVISION_HEADER, ROLLOUT_HEADER, Behind
 from router.proxy import Forward, Proxy
 from router.rotation import Rotation
 from router.serving import Serving
@@ -148,7 +148,7 @@ class SimNode:
 
     async def infer(
         self, model: ModelName, floor: Revision = NO_REVISION
-    ) -> tuple[Revision, Version]:
+    ) -> tuple[Revision, Version, bool]:
         """One request by default, as the front door runs it (`router.http_infer`).
 
         Raises `InferenceError`, `RouterError`.
@@ -163,7 +163,7 @@ class SimNode:
         choice = route.pick(RequestFacts(model, chance=0.999))
         deadline_s = asyncio.get_running_loop().time() + REQUEST_S
         served = await dispatch(serving, choice, FEEDS, deadline_s=deadline_s)
-        return route.revision, served.choice.servable.version
+        return route.revision, served.choice.servable.version, route.is_barrier
 
 
 class Reply:
@@ -171,10 +171,18 @@ class Reply:
 
     is_whole = True
 
-    def __init__(self, status: int, revision: Revision | None, version: Version | None) -> None:
+    def __init__(
+        self,
+        status: int,
+        revision: Revision | None,
+        version: Version | None,
+        is_barrier: bool = False,
+    ) -> None:
         self.status = status
         self.version = version
         shown = {} if revision is None else {REVISION_HEADER: str(revision)}
+        if is_barrier:
+            shown[ROLLOUT_HEADER] = "barrier"
         self.message = SimpleNamespace(headers=shown, code=status)
 
     async def read(self) -> bytes:
