@@ -125,7 +125,7 @@ async def test_ocr_reads_as_by_hand_while_recognition_is_swapped(
     with etcd_cluster() as etcd:
         by_hand = asyncio.create_task(read_by_hand(tmp_path / "models"))
         async with running_node(etcd, tmp_path / "node") as node:
-            text = (EXAMPLE / "pipeline.yaml").read_bytes()
+            text = prepare.PIPELINE.read_bytes()
             await put(node.store, "ocr", text)
             for name, folders in versions.items():
                 await node.put(name, prepare.document(name, "1", folders))

@@ -158,14 +158,16 @@ def test_the_schema_takes_what_parses() -> None:
     schema = pipeline_schema()
     Draft202012Validator.check_schema(schema)
     validator = Draft202012Validator(schema)
-    example = (ROOT / "examples" / "ocr_pipeline" / "pipeline.yaml").read_text()
+    example = (ROOT / "examples/ocr_pipeline/ocr_pipeline/pipeline.yaml").read_text()
     for text in (GOOD, example):
         assert not list(validator.iter_errors(yaml.safe_load(text)))
     assert list(validator.iter_errors(yaml.safe_load(GOOD.replace("timeout_s: 2", "timeout: 2"))))
 
 
 def test_the_example_is_good() -> None:
-    parse_pipeline((ROOT / "examples/ocr_pipeline/pipeline.yaml").read_bytes(), name=None)
+    parse_pipeline(
+        (ROOT / "examples/ocr_pipeline/ocr_pipeline/pipeline.yaml").read_bytes(), name=None
+    )
 
 
 def test_the_reference_is_the_schemas() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from paddlewheel.demo.models import copy_model, find_published, round_weights
 
 MODELS = ("ocr-det", "ocr-cls", "ocr-rec")
-PIPELINE = Path(__file__).parent.parent / "pipeline.yaml"
+PIPELINE = Path(__file__).parent / "pipeline.yaml"
 _DETECTION = "ch_PP-OCRv4_det_infer"
 
 
