@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from registry.keys import Keys, ModelKey, RolloutKey
 from registry.names import ModelName, NodeId, Revision, Version
-from registry.records import ModelStatus, NodeRecord, ServableStatus
+from registry.records import BadRecord, ModelStatus, NodeRecord, ServableStatus
 from registry.rollouts import (
     NONE_BEFORE,
     Order,
@@ -107,7 +107,9 @@ class PlayedNode:
         kv = event.kv if isinstance(event, Put) else None
         key = K.parse(event.key if isinstance(event, Delete) else event.kv.key)
         if isinstance(key, RolloutKey):
-            self._record = None if kv is None else RolloutRecord.from_json(kv.value)
+            self._record = None
+            with suppress(BadRecord):
+                self._record = None if kv is None else RolloutRecord.from_json(kv.value)
         elif isinstance(key, ModelKey) and kv is not None:
             self._seen = kv.mod_revision
             try:

@@ -44,6 +44,8 @@ WAKE_MIN_S = 0.01
 """Timers may end a little early."""
 JUDGE_AFTER_S = 0.3
 """For the samples of other nodes to come in too."""
+GATHER_PER_NODE_S = 0.0002
+GATHER_MAX_S = 0.1
 CONFLICT_RETRY_S = 0.05
 """For a watch to bring what a write was refused for."""
 TOLD_AGAIN = timedelta(minutes=10)
@@ -279,6 +281,8 @@ class Term:
             timeout_s = None if due_s is None else max(0.0, due_s - self._clock_s())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), timeout_s)
+            # Many statuses are one look: it takes 10 us a node, on a loop that serves requests.
+            await asyncio.sleep(min(GATHER_MAX_S, GATHER_PER_NODE_S * len(self._view.nodes)))
             self._wake.clear()
             now_s = self._clock_s() + CLOCK_STEP_S
             models = self._touched | {m for m, at_s in self._due_s.items() if at_s <= now_s}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
 from paddlewheel.rollout.coordinator import Coordinator
 from registry.events import EventType
 from registry.memory_store import Fate, MemoryStore
-from registry.names import Revision
-from registry.records import HistoryEntry
+from registry.names import NodeId, Revision
+from registry.records import BadRecord, HistoryEntry
 from registry.rollouts import OrderKind, Phase, RolloutRecord
 from registry.store import Ambiguous
 from tests.eventually import eventually
@@ -46,7 +46,8 @@ async def until(
 
     async def reached() -> bool:
         nonlocal found
-        found = await record_of(store)
+        with suppress(BadRecord):
+            found = await record_of(store)
         return found is not None and holds(found)
 
     await eventually(reached, within_s=within_s)
@@ -345,6 +346,19 @@ async def test_a_document_that_does_not_parse_stops_no_rollout() -> None:
             record = await ended(store, second)
             assert (record.phase, record.coordinator) == (Phase.COMMITTED, "b")
             await converged(nodes, second)
+
+
+async def test_a_record_that_cannot_be_read_is_written_anew() -> None:
+    store = MemoryStore()
+    async with coordinating(store), played_fleet(store) as nodes:
+        await store.put(K.rollout(M), b"garbage")
+        await store.put(K.order(M), b"[]")
+        await store.put(K.node(NodeId("odd")), b"{}")
+        await store.put(K.status(M, NodeId("n1")), b"\xff")
+        revision = await store.put(K.model(M), text("1", BARRIER))
+        record = await ended(store, revision)
+        assert (record.phase, record.previous) == (Phase.COMMITTED, 0)
+        await converged(nodes, revision)
 
 
 async def test_the_time_without_any_node_does_not_count() -> None:
