@@ -31,7 +31,7 @@ LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 IMPORT_NAMES = {
     "grpcio": "grpc", "protobuf": "google", "pyyaml": "yaml", "pillow": "PIL",
     "python-ulid": "ulid", "paddlepaddle": "paddle", "paddlepaddle-gpu": "paddle",
-    "nvidia-ml-py": "pynvml",
+    "nvidia-ml-py": "pynvml", "pyjwt": "jwt",
 }  # fmt: skip
 
 
