@@ -116,6 +116,18 @@ def _read_auth_file(path: Path) -> tuple[str, str]:
     return user, password
 
 
+def _check_endpoints(etcd: str | None) -> None:
+    """Raises `click.BadParameter`: what is no address will never answer."""
+    from registry.etcd.settings import BadEndpoint, EtcdSettings
+
+    if etcd and etcd != EMBEDDED:
+        given = tuple(each.strip() for each in etcd.split(",") if each.strip())
+        try:
+            EtcdSettings(endpoints=given).parsed()
+        except BadEndpoint as exc:
+            raise click.BadParameter(str(exc), param_hint="--etcd") from exc
+
+
 def etcd_options(command: Decorated) -> Decorated:
     """Add the flags to a click command, which gets them as one argument ``etcd: EtcdOptions``."""
 
@@ -130,6 +142,7 @@ def etcd_options(command: Decorated) -> Decorated:
         etcd_auth_file: Path | None,
         **kwargs: Any,
     ) -> Any:
+        _check_endpoints(etcd)
         options = EtcdOptions(etcd, prefix, etcd_ca, etcd_cert, etcd_key, etcd_auth_file)
         return command(*args, etcd=options, **kwargs)
 

@@ -8,7 +8,7 @@ from typing import Any
 from loader.drills import BadDrill, DrillBox
 from loader.manager import Manager
 from registry.names import ModelName, Version
-from router.errors import BadRequest
+from router.errors import BadRequest, UnknownModel
 
 
 class NodeDrills:
@@ -23,7 +23,9 @@ class NodeDrills:
         model = document.get("model")
         view = self._manager.view(ModelName(model)) if isinstance(model, str) else None
         if view is None:
-            raise BadRequest(f"model: this node has none named {model!r}")
+            if isinstance(model, str):
+                raise UnknownModel(model)
+            raise BadRequest("model: want a model's name")
         live = view.in_force.live
         version = document.get("version")
         if version is not None and Version(str(version)) not in {

@@ -349,6 +349,9 @@ class _Fold:
                     self.rollout(model, RolloutRecord.from_json(kv.value))
                 except BadRecord as exc:
                     self._changes.append(RecordIgnored(kv.key, str(exc)))
+            case _ if kv.key.startswith(self._keys.models_prefix):
+                self._applied[kv.key] = kv.mod_revision
+                self._changes.append(RecordIgnored(kv.key, "the key's last part is no model name"))
             case _:
                 pass
 

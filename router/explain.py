@@ -21,8 +21,10 @@ def explain(
 ) -> dict[str, Any]:
     """Return where a request with ``headers`` (lower-case names) goes, and by which rule.
 
-    Where chance has a say, ``route`` is what the unlucky get and ``canary_percent`` is the share
-    of such requests that the canary takes. Raises as `RouteTable.pick`.
+    ``reason`` says why live is not what the document asks for (a quarantine), ``unavailable`` the
+    same of each version that is loaded and taken out. Where chance has a say, ``route`` is what the
+    unlucky get and ``canary_percent`` is the share of such requests that the canary takes. Raises
+    as `RouteTable.pick`.
     """
     route = table.route(model)
     version = version or headers.get("x-model-version")
@@ -43,4 +45,6 @@ def explain(
         "bucket": choice.bucket,
         "canary_percent": percent,
         "digest": choice.servable.digest,
+        "reason": route.reason,
+        "unavailable": dict(route.unavailable),
     }

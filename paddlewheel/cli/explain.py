@@ -76,6 +76,11 @@ def explain(
         ("by chance", _chance(answer)),
         ("config revision", answer.get("config_revision")),
     ]
+    if answer.get("reason"):
+        rows.append(("because", answer["reason"]))
+    taken_out = answer.get("unavailable")
+    if isinstance(taken_out, Mapping):
+        rows += [(f"not {version}", why) for version, why in sorted(taken_out.items())]
     print_pairs(rows)
 
 

@@ -5,7 +5,7 @@ A decision over values: nothing here reads etcd or a clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -193,7 +193,7 @@ def view(fleet: Fleet, model: ModelName, revision: Revision | None = None) -> Mo
         model=model,
         revision=None if document is None else document.revision,
         problem=None if document is None else document.problem,
-        intent=intent,
+        intent=intent if document is None or document.parsed else _in_force(statuses),
         statuses=statuses,
         verdicts=verdicts,
         quarantine=quarantine,
@@ -209,3 +209,8 @@ def view(fleet: Fleet, model: ModelName, revision: Revision | None = None) -> Mo
 
 def _must_have(node: NodeRecord, labels: Mapping[str, str]) -> bool:
     return not node.draining and all(node.labels.get(key) == labels[key] for key in labels)
+
+
+def _in_force(statuses: Iterable[ModelStatus]) -> Intent:
+    """What the document asks for that a refused one has not replaced."""
+    return next((status.intent for status in statuses if status.intent != Intent()), Intent())

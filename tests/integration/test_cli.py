@@ -563,8 +563,8 @@ async def test_etcd_away_is_one_line(world: World) -> None:
     done = await world.run("get", "--etcd", "http://127.0.0.1:1", code=1)
     (line,) = done.stderr.splitlines()
     assert line.startswith("paddlewheel: etcd at http://127.0.0.1:1 (--etcd or PADDLEWHEEL_ETCD)")
-    done = await world.run("get", "--etcd", "ftp://x", code=1)
-    assert len(done.stderr.splitlines()) == 1
+    done = await world.run("get", "--etcd", "ftp://x", code=2)
+    assert "--etcd: 'ftp://x'" in done.stderr
 
 
 async def test_a_closed_pipe_is_not_an_error(world: World) -> None:

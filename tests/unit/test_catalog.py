@@ -152,13 +152,23 @@ FOLDS: dict[str, tuple[list[Batch], list[str]]] = {
         [
             batch(
                 put("/other/configs/models/m", text(), 5),
-                put(f"{KEY}/deeper", text(), 5),
                 put(KEYS.gateway, b"{}", 5),
                 put(KEYS.node(NodeId("a")), b"{}", 5),
                 gone(KEYS.node(NodeId("a")), 6),
             )
         ],
         [],
+    ),
+    "documents under names that no model has": (
+        [
+            batch(
+                put(f"{KEY}/deeper", text(), 5),
+                put(f"{KEYS.models_prefix}a b", text(), 5),
+                gone(f"{KEYS.models_prefix}a b", 6),
+            ),
+            batch(put(f"{KEY}/deeper", text(), 5)),
+        ],
+        [f"ignored {KEY}/deeper", f"ignored {KEYS.models_prefix}a b"],
     ),
     "a quarantine and its release": (
         [

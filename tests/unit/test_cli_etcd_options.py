@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from paddlewheel import state_file
+from paddlewheel.cli.root import root
 from paddlewheel.etcd_options import BadEtcdOptions, EtcdOptions
 
 
@@ -122,3 +124,10 @@ def test_user_and_password_from_a_file(tmp_path: Path) -> None:
 def test_half_a_key_pair(tmp_path: Path) -> None:
     with pytest.raises(BadEtcdOptions, match="go together"):
         EtcdOptions(cert=tmp_path).settings()
+
+
+@pytest.mark.parametrize("etcd", ["ftp://x", "http://", "http://a:1,b:port", "http://a:99999"])
+def test_what_is_no_address_is_a_wrong_call(etcd: str) -> None:
+    done = CliRunner().invoke(root, ["status", "--etcd", etcd])
+    assert done.exit_code == 2, done.output
+    assert "--etcd" in done.output

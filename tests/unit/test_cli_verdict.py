@@ -192,6 +192,14 @@ def test_json_shape() -> None:
     assert shape["converged"] is True
 
 
+def test_a_refused_document_leaves_the_one_in_force_intended() -> None:
+    fleet = fleet_with(node("a"), **DONE, intent=Intent(live=Version("2")))
+    fleet.take(Put(KeyValue(fleet.keys.model(M), b"nonsense", Revision(13))))
+    shown = view(fleet, M)
+    assert shown.problem
+    assert shown.as_json()["intent"] == {"live": "2", "canary": None}
+
+
 def test_a_deleted_document_is_shown_until_nodes_are_done() -> None:
     fleet = fleet_with(node("a"), **DONE)
     fleet.take(Delete(fleet.keys.model(M), Revision(13)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from registry.names import Digest, ModelName, Revision, ServableId, Version
@@ -64,6 +66,8 @@ def test_explain_shows_the_rule_the_bucket_and_the_share() -> None:
         "bucket": None,
         "canary_percent": 100.0,
         "digest": NEXT.digest,
+        "reason": None,
+        "unavailable": {},
     }
     user = next(f"u{n}" for n in range(99) if user_bucket("m", f"u{n}") >= 5000)
     shown = explain(TABLE, "m", {"x-user-id": user})
@@ -76,6 +80,16 @@ def test_explain_throws_no_dice_but_tells_the_odds() -> None:
     shown = [explain(TABLE, "m", {}) for _ in range(200)]
     assert {entry["route"] for entry in shown} == {"stable"}
     assert shown[0]["canary_percent"] == 2.0
+
+
+def test_explain_tells_of_a_quarantine() -> None:
+    why = "QUARANTINED: code 700"
+    route = replace(
+        TABLE.route("m"), reason="quarantined: code 700", unavailable={Version("3"): why}
+    )
+    shown = explain(TABLE.with_route(route), "m", {})
+    assert shown["reason"] == "quarantined: code 700"
+    assert shown["unavailable"] == {"3": why}
 
 
 def test_explain_follows_a_pin() -> None:
