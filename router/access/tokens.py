@@ -10,7 +10,7 @@ import binascii
 import json
 import math
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -129,7 +129,7 @@ def _json_part(part: str) -> Mapping[str, Any]:
         )
     except (ValueError, RecursionError) as exc:
         raise BadToken("not a signed token") from exc
-    if not isinstance(value, dict) or _depth(cast("object", value)) > _JSON_DEPTH_MAX:
+    if not isinstance(value, dict) or _is_deeper(cast("object", value), _JSON_DEPTH_MAX):
         raise BadToken("not a signed token")
     return cast("dict[str, Any]", value)
 
@@ -156,10 +156,13 @@ def _no_constant(name: str) -> float:
     raise ValueError(name)
 
 
-def _depth(value: object) -> int:
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether mappings and lists nest deeper than ``levels``; looks no deeper than that."""
+    below: Iterable[object]
     if isinstance(value, dict):
         below = cast("dict[str, object]", value).values()
-        return 1 + max((_depth(each) for each in below), default=0)
-    if isinstance(value, list):
-        return 1 + max((_depth(each) for each in cast("list[object]", value)), default=0)
-    return 0
+    elif isinstance(value, list):
+        below = cast("list[object]", value)
+    else:
+        return False
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in below)

@@ -302,6 +302,9 @@ REFUSED_TOKENS: dict[str, Credential] = {
     "claims nested without end": _bearer(
         lambda _: handmade({"alg": "HS256"}, b"[" * 3000 + b"]" * 3000, SECRET)
     ),
+    "claims nested deeply": _bearer(
+        lambda _: handmade({"alg": "HS256"}, b'{"a":' + b"[" * 700 + b"]" * 700 + b"}", SECRET)
+    ),
     "padding": _bearer(lambda i: i.token("HS256") + "="),
     "white space inside": _bearer(lambda i: i.token("HS256").replace(".", ". ")),
     "a huge token": _bearer(lambda i: i.token("HS256", pad="x" * 8000)),

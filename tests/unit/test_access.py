@@ -84,6 +84,15 @@ def test_no_rubbish_passes_or_crashes(raw: bytes, text: str) -> None:
             read_token(rubbish)
 
 
+@pytest.mark.parametrize("depth", [9, 100, 400, 700, 900, 1500, 3000])
+def test_nesting_ends_at_a_refusal(depth: int) -> None:
+    nested = b'{"a": ' + b"[" * depth + b"]" * depth + b"}"
+    with pytest.raises(BadToken):
+        read_token(handmade({"alg": "HS256"}, nested, SECRET))
+    with pytest.raises(BadToken):
+        read_token(handmade(b'{"alg": "HS256", ' + nested[1:], ISSUER.claims(), SECRET))
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 ALL = frozenset({"RS256", "ES256", "HS256", "PS256", "HS512"})
