@@ -32,6 +32,8 @@ ANSWER_MAX_BYTES = 2**20
 GRACE_S = 0.25
 """For the node's own 504, which says more than ours."""
 RETRY_AFTER_S = 1.0
+LOST_MAX = 2
+"""How often a request may be lost with its node, or by its silence, and run again."""
 AGAIN = frozenset({404, 503})
 """Answers that another node may give otherwise: this one has no such version, or no room."""
 _NODE_FAULTS = frozenset({500})
@@ -244,39 +246,41 @@ class Proxy:
         upstream = rotation.pick(model, forward.want)
         if upstream is None:
             raise NothingServes(model, rotation.table.route(model).reason)
-        first: Answer | Exception
-        try:
-            answer = await self._attempt(upstream, forward, deadline_s)
-        except (UpstreamFailed, AnswerBroken) as exc:
-            first, why = (
-                exc,
-                "refused" if isinstance(exc, UpstreamFailed) and exc.refused else ("reset"),
-            )
-        else:
-            if answer.exchange.status not in AGAIN or answer.body is None:
-                return answer
-            first, why = answer, str(answer.exchange.status)
-        again = rotation.pick(model, forward.want, upstream.id)
-        if again is None and rotation.is_behind(model, upstream.id):
-            again = upstream  # nobody has what was asked for: it may answer as it is
-        body = forward.body
-        if (
-            again is None
-            or not rotation.tuning.retries
-            or (isinstance(body, StreamedBody) and not body.can_replay)
-        ):
-            return _give_up(first, model)
-        self._on_retry(model, why)
-        try:
-            return await self._attempt(again, forward, deadline_s)
-        except (UpstreamFailed, AnswerBroken, DeadlineExceeded) as exc:
-            if isinstance(first, Answer):
-                return first
-            if isinstance(exc, DeadlineExceeded):
+        tried: list[NodeId] = []
+        problems: list[str] = []
+        answered: Answer | None = None
+        retries = LOST_MAX if rotation.tuning.retries else 0
+        while True:
+            try:
+                answer = await self._attempt(upstream, forward, deadline_s)
+            except (UpstreamFailed, AnswerBroken) as exc:
+                problems.append(str(exc))
+                is_refused = isinstance(exc, UpstreamFailed) and exc.refused
+                why = "refused" if is_refused else "reset"
+                # Nobody saw a refused one; how many nodes are down says nothing about it.
+                retries -= 0 if is_refused else 1
+            except DeadlineExceeded:
+                if answered is not None:
+                    return answered
                 raise
-            raise Overloaded(
-                f"model {model!r}: {first}; then {exc}", retry_after_s=RETRY_AFTER_S
-            ) from exc
+            else:
+                if answered or answer.exchange.status not in AGAIN or answer.body is None:
+                    return answer
+                answered, why = answer, str(answer.exchange.status)
+                retries = min(retries, 1) - 1
+            tried.append(upstream.id)
+            again = rotation.pick(model, forward.want, tried)
+            if again is None and rotation.is_behind(model, upstream.id) and len(tried) == 1:
+                again = upstream  # nobody has what was asked for: it may answer as it is
+            body, is_spent = forward.body, retries < 0 or not rotation.tuning.retries
+            can_replay = isinstance(body, bytes) or body.can_replay
+            if again is None or is_spent or not can_replay:
+                if answered is not None:
+                    return answered
+                said = "; then ".join(problems)
+                raise Overloaded(f"model {model!r}: {said}", retry_after_s=RETRY_AFTER_S)
+            self._on_retry(model, why)
+            upstream = again
 
     async def _attempt(self, upstream: Upstream, forward: Forward, deadline_s: float) -> Answer:
         """Ask one node. Raises `UpstreamFailed`, `AnswerBroken`, `DeadlineExceeded`."""
@@ -369,12 +373,6 @@ class Proxy:
 
 _CLOCK_S = 0.005
 """The loop's clock counts milliseconds."""
-
-
-def _give_up(first: Answer | Exception, model: ModelName) -> Answer:
-    if isinstance(first, Answer):
-        return first
-    raise Overloaded(f"model {model!r}: {first}", retry_after_s=RETRY_AFTER_S) from first
 
 
 async def _whole(exchange: Exchange, forward: Forward, until_s: float) -> bytes | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -299,16 +299,16 @@ class Rotation:
         """Those for a request that no rule takes."""
         return self.candidates(model, ANY)
 
-    def pick(self, model: ModelName, want: Want, tried: NodeId | None = None) -> Upstream | None:
-        """The node for one attempt, not ``tried`` again; ``None`` when there is no (other) one.
+    def pick(self, model: ModelName, want: Want, tried: Collection[NodeId] = ()) -> Upstream | None:
+        """The node for one attempt, none of ``tried``; ``None`` when there is no (other) one.
 
         Where nobody (else) has what is wanted, anyone who serves the model is asked.
         """
         pool = self._pool(model, want)
         near, far = pool.near, pool.far
-        if tried is not None:
-            near = tuple(upstream for upstream in near if upstream.id != tried)
-            far = tuple(upstream for upstream in far if upstream.id != tried)
+        if tried:
+            near = tuple(upstream for upstream in near if upstream.id not in tried)
+            far = tuple(upstream for upstream in far if upstream.id not in tried)
         if not near and not far:
             return self.pick(model, ANY, tried) if want is not ANY and want != ANY else None
         if len(near) == 1 and not far:

@@ -97,6 +97,25 @@ async def test_a_node_is_frozen(world: FleetUnderTest) -> None:
     assert result.latency_s(100) < 6, "waited for its deadline"
 
 
+async def test_one_node_is_killed_frozen_and_another_at_once(world: FleetUnderTest) -> None:
+    """Two of three within a second, one of them while requests wait on it."""
+    first, second, third = world.nodes
+    async with traffic(world.gateway.http, world.models, rate_per_s=RATE_PER_S) as running:
+        first.process.kin()
+        second.process.kin()
+        first.process.signal(signal.SIGSTOP)
+
+        async def some_wait() -> bool:
+            return (await world.seen())[first.id]["in_flight"] > 2
+
+        await eventually(some_wait, within_s=2)
+        second.process.signal(signal.SIGKILL)
+        first.process.signal(signal.SIGKILL)
+        await world.until_taking(third, within_s=3)
+        result = await running.stop()
+    assert result.latency_s(100) < 3, result.summary()
+
+
 async def test_etcd_is_down(world: FleetUnderTest) -> None:
     async with traffic(world.gateway.http, world.models, rate_per_s=RATE_PER_S):
         member = world.cluster.members[0]

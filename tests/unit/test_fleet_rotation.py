@@ -113,11 +113,11 @@ def test_an_address_that_is_none(rotation: Rotation) -> None:
 
 def test_the_second_attempt_goes_elsewhere_or_nowhere(rotation: Rotation) -> None:
     for _ in range(30):
-        other = rotation.pick(M, ANY, A)
+        other = rotation.pick(M, ANY, [A])
         assert other is not None
         assert other.id != A
     rotation.publish(fleet_of("a"), {M: {REVISION: document()}})
-    assert rotation.pick(M, ANY, A) is None
+    assert rotation.pick(M, ANY, [A]) is None
     assert rotation.pick(ModelName("nobody"), ANY) is None
 
 
