@@ -113,6 +113,7 @@ class Readers:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.timeout(300)
 async def test_ocr_reads_as_by_hand_while_recognition_is_swapped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +130,7 @@ async def test_ocr_reads_as_by_hand_while_recognition_is_swapped(
             await put(node.store, "ocr", text)
             for name, folders in versions.items():
                 await node.put(name, prepare.document(name, "1", folders))
-            await until_status(node.store, "ocr", within_s=60, ready=True)
+            await until_status(node.store, "ocr", within_s=120, ready=True)
             expected = await by_hand
             assert sum(len(texts) for texts in expected.values()) > 3 * IMAGES
 

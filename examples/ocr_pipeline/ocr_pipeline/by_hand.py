@@ -30,6 +30,10 @@ class Reader:
         """Each a folder with ``inference.pdmodel`` and ``inference.pdiparams``."""
         self._det, self._cls, self._rec = map(_predictor, (det, cls, rec))
 
+    def use(self, rec: Path) -> None:
+        """Take another recognition model from now on."""
+        self._rec = _predictor(rec)
+
     def read(self, encoded: bytes) -> list[str]:
         """The texts in one image, in reading order."""
         pixels = images.decode(encoded)
@@ -65,8 +69,12 @@ def _run(predictor: Any, x: Array) -> Array:
 
 def main(arguments: list[str]) -> None:
     models, *images_given = map(Path, arguments)
-    for version in sorted((models / "ocr-rec").iterdir()):
-        reader = Reader(det=models / "ocr-det" / "1", cls=models / "ocr-cls" / "1", rec=version)
+    det, cls = models / "ocr-det" / "1", models / "ocr-cls" / "1"
+    first, *others = sorted((models / "ocr-rec").iterdir())
+    reader = Reader(det=det, cls=cls, rec=first)
+    for version in (first, *others):
+        if version is not first:
+            reader.use(version)
         for path in images_given:
             texts = reader.read(path.read_bytes())
             read = {"image": path.name, "rec": version.name, "texts": texts}

@@ -84,8 +84,11 @@ def turn_upright(lines: Array, widths: Array, directions: Array) -> Array:
 
 
 def recognition_input(lines: Array, widths: Array) -> Array:
-    """float32 ``(n, 3, 48, w)``, w at least 320."""
-    wide = max(RECOGNITION_WIDTH_PX, lines.shape[2] if len(lines) else 0)
+    """float32 ``(n, 3, 48, w)``, w at least 320 and a multiple of 64.
+
+    The first run of each shape costs a multiple of the next ones: fewer shapes, fewer of those.
+    """
+    wide = max(RECOGNITION_WIDTH_PX, -(-lines.shape[2] // 64) * 64 if len(lines) else 0)
     tensor = np.zeros((len(lines), 3, HEIGHT_PX, wide), np.float32)
     for to, line, width in zip(tensor, lines, widths.tolist(), strict=True):
         to[:, :, :width] = _scaled(line[:, :width])

@@ -53,7 +53,7 @@ def document(name: str, live: str, versions: Mapping[str, Path]) -> str:
         "live": live,
         "versions": [{"version": v, "source": str(path)} for v, path in versions.items()],
         "warmup": {"requests": 1, "shapes": {"x": WARMUP[name]}},
-        "limits": {"timeout_s": 30, "drain_s": 40},
+        "limits": {"timeout_s": 60, "hang_s": 50, "drain_s": 70},
     }
     head = {"apiVersion": "paddlewheel/v1", "kind": "Model", "metadata": {"name": name}}
     return json.dumps({**head, "spec": spec}, indent=2) + "\n"
