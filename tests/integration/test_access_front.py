@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import shutil
 import ssl
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ from click.testing import CliRunner
 from paddlewheel import access as access_module
 from paddlewheel import front_door
 from paddlewheel.access import AccessControl
+from paddlewheel.cli.explain import NodeRefused, NoNode, ask
 from paddlewheel.cli.root import root
 from paddlewheel.front import BadTls, ClientTls, Front, ServerTls, TooOpen
 from paddlewheel.front_door import Doors
@@ -29,7 +32,7 @@ from router.app import App
 from router.http_server import ConnectionLimits
 from router.upstream import Upstream, UpstreamFailed
 from tests.access import ADMIN, SECRET, gateway_document
-from tests.etcd import CERTS
+from tests.etcd import CERTS, etcd_cluster
 from tests.eventually import eventually
 from tests.integration.test_http_support import ONE, Node, one_model, serving
 
@@ -166,6 +169,33 @@ async def test_rates_are_the_gateways_unless_nodes_shall_count() -> None:
         )
 
 
+def test_the_document_is_applied_and_shown_like_any_other(tmp_path: Path) -> None:
+    file = tmp_path / "access.yaml"
+    file.write_bytes((Path(__file__).parents[2] / "configs/gateway/access.yaml").read_bytes())
+    made = CliRunner().invoke(root, ["access", "new-key", "--id=a", "--model=mlp", "-o=json"])
+    entry = json.loads(made.stdout)
+    assert _digest(entry["key"]) == entry["entry"]["sha256"]
+    with etcd_cluster() as cluster:
+        etcd = ["--etcd", ",".join(cluster.endpoints)]
+        applied = CliRunner().invoke(root, ["apply", "-f", str(file), *etcd])
+        assert applied.exit_code == 0, applied.output
+        assert "configs/gateway created (revision 2)" in applied.output
+        shown = CliRunner().invoke(root, ["get", "configs/gateway", *etcd])
+        assert shown.stdout_bytes == file.read_bytes()
+        file.write_text(file.read_text().replace("RS256", "none"))
+        refused = CliRunner().invoke(root, ["apply", "-f", str(file), *etcd])
+        assert refused.exit_code == 1
+        assert "access.yaml:8: spec.access.jwt.algorithms[0]: want one of" in refused.output
+        file.write_text("apiVersion: paddlewheel/v1\nkind: Gateway\nspec: {}\n")
+        changed = CliRunner().invoke(root, ["diff", "-f", str(file), "--exit-code", *etcd])
+        assert changed.exit_code == 1
+        assert "-  access:" in changed.output
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 # --- addresses ------------------------------------------------------------------------------------
 
 
@@ -243,6 +273,33 @@ async def test_operators_have_their_own_address() -> None:
             predict = f"/v1/models/{MODEL}/predict"
             assert await status(doors.admin + predict, "POST", data=BODY) == 404
             assert await status(doors.http + predict, "POST", data=BODY, headers=headers) == 200
+        task.cancel()
+
+
+async def test_commands_show_nodes_a_credential(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`paddlewheel explain` and `drill` over TLS to a node that wants an admin."""
+    file, store = tmp_path / "key", MemoryStore()
+    await store.put(KEYS.gateway, gateway_document())
+    async with opened(Front(tls=TLS)) as (app, doors):
+        control = AccessControl(app, store=store, keys=KEYS, required=True, is_node=True)
+        task = asyncio.create_task(control.run())
+        await eventually(lambda: isinstance(app.guard, Guard), within_s=2)
+
+        def explained() -> str:
+            return str(ask(doors.http, MODEL, [])["version"])
+
+        with pytest.raises(NoNode, match="CERTIFICATE_VERIFY_FAILED"):
+            await asyncio.to_thread(explained)
+        monkeypatch.setenv("PADDLEWHEEL_NODE_CA", str(CERTS / "ca.pem"))
+        with pytest.raises(NodeRefused, match="credential"):
+            await asyncio.to_thread(explained)
+        monkeypatch.setenv("PADDLEWHEEL_API_KEY_FILE", str(file))
+        with pytest.raises(NodeRefused, match="PADDLEWHEEL_API_KEY_FILE"):
+            await asyncio.to_thread(explained)
+        file.write_text(f"{ADMIN}\n")
+        assert await asyncio.to_thread(explained) == "1"
         task.cancel()
 
 

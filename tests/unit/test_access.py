@@ -7,6 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
@@ -20,7 +21,7 @@ from registry.schema_reference import gateway_reference
 from registry.spec import ConfigError
 from router.access.api_keys import ApiKeys, digest_of, show_key
 from router.access.buckets import BUCKETS_MAX, Buckets, Quota, headers
-from router.access.errors import AccessClosed, BadToken
+from router.access.errors import AccessClosed, AccessError, BadToken
 from router.access.guard import Guard, Keyring
 from router.access.jwks import UNKNOWN_KID_S, RemoteKeys
 from router.access.keyring import BadKeys, KeySet, UnknownKey, read_jwks, secret_key, verify
@@ -91,6 +92,33 @@ def test_nesting_ends_at_a_refusal(depth: int) -> None:
         read_token(handmade({"alg": "HS256"}, nested, SECRET))
     with pytest.raises(BadToken):
         read_token(handmade(b'{"alg": "HS256", ' + nested[1:], ISSUER.claims(), SECRET))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)
+CLAIMS = st.dictionaries(
+    st.sampled_from(["aud", "iss", "exp", "nbf", "iat", "sub", "x-model-permission", "a",
+                     "x-paddlewheel-admin"]),
+    JSON,
+)  # fmt: skip
+HEADERS = st.dictionaries(st.sampled_from(["kid", "typ", "alg", "crit", "cty"]), JSON)
+
+
+@given(HEADERS, CLAIMS)
+def test_signed_rubbish_is_refused_or_holds(header: dict[str, Any], claims: dict[str, Any]) -> None:
+    """Whatever stands in a token that is rightly signed: one of the refusals, never a crash."""
+    shown = {"alg": "HS256", **header}
+    try:
+        token = read_token(handmade(shown, {**ISSUER.claims(), **claims}, SECRET))
+        verify(token, [secret_key(SECRET)], frozenset({"HS256"}))
+        caller = judge(token.claims, rules(), now_s=time.time())
+    except AccessError:
+        return
+    assert shown["alg"] == "HS256"
+    assert caller.is_admin is token.claims.get("x-paddlewheel-admin", False)
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -363,6 +391,15 @@ BAD = {
     "limits: {head_timeout_s: -1}": "head_timeout_s (line 4): want seconds",
     "upstream: {idle_s: 100}": "idle_s (line 4): want seconds in 0..70",
 }
+
+
+def test_a_key_written_for_its_digest_is_not_told_on() -> None:
+    text = gateway_document().replace(digest_of(ALICE).encode(), ALICE.encode())
+    with pytest.raises(ConfigError) as caught:
+        parse_gateway(text)
+    (error,) = caught.value.errors
+    assert error.path == "spec.access.api_keys[0].sha256"
+    assert "pwk_" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "wanted"), BAD.items())
