@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import paddlewheel.rollout.plan
 from loader.model import Model
+from paddlewheel.rollout.reading import Answer
 from registry.memory_store import MemoryStore
 from registry.session import Session
 from registry.store import Compare, Op, PutOp, TxnResult
@@ -69,6 +71,20 @@ def double_coordinator() -> AbstractContextManager[None]:
     return _instead(Link, "txn", make)
 
 
+def early_commit() -> AbstractContextManager[None]:
+    """Nodes that have not answered yet count as ready."""
+
+    def make(answer: Any) -> Any:
+        def mutated(world: Any, node: Any) -> Answer:
+            found: Answer = answer(world, node)
+            is_open = found in (Answer.SILENT, Answer.LOADING)
+            return Answer.PREPARED if is_open else found
+
+        return mutated
+
+    return _instead(paddlewheel.rollout.plan, "answer", make)
+
+
 def unnoticed_loss() -> AbstractContextManager[None]:
     """A lease that has ended is held on to."""
 
@@ -85,6 +101,7 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "skipped-revision": (skipped_revision, "each revision once"),
     "lost-rollback": (lost_rollback, "no rollback lost"),
     "double-coordinator": (double_coordinator, "one coordinator"),
+    "early-commit": (early_commit, "not before all are ready"),
     "unnoticed-loss": (unnoticed_loss, "convergence"),
 }
 """By name: the bug, and the promise that it breaks."""

@@ -292,6 +292,9 @@ class PlayedRepository:
             await step()
         return self._world.folder / "golden.npz"
 
+    def has(self, digest: Digest) -> bool:
+        return (self._world.folder / digest.removeprefix("sha256:") / "content").exists()
+
     def lease(self, digest: Digest) -> None:
         if not (self._world.folder / digest.removeprefix("sha256:")).exists():
             raise FetchFailed(f"{digest} is not in the cache")
