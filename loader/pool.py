@@ -139,6 +139,8 @@ class WorkerPool:
         """Taken from the oversight for requests that then left unrun: for the next ones."""
         self._seats = [_Seat(worker, self._loop.time()) for worker in workers]
         self._unanswered = 0
+        self._held = 0
+        """By requests that will ask later: no reason to wait for, but one to stay."""
         self._retired = False
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -207,19 +209,19 @@ class WorkerPool:
             if request.drill is not None and not self._is_sent(request):
                 self._drills.append(request.drill)
             self._unanswered -= 1
-            if not self._unanswered:
+            if not self.in_flight:
                 self._became_idle()
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Count as in flight (`registry.inference.Predictor.held`); no worker is taken."""
-        self._unanswered += 1
+        self._held += 1
         self.idle.clear()
         try:
             yield
         finally:
-            self._unanswered -= 1
-            if not self._unanswered:
+            self._held -= 1
+            if not self.in_flight:
                 self._became_idle()
 
     # --- what the manager sees ------------------------------------------------------------------
@@ -227,7 +229,7 @@ class WorkerPool:
     @property
     def in_flight(self) -> int:
         """Requests accepted and not answered: waiting, running or to come (`held`)."""
-        return self._unanswered
+        return self._unanswered + self._held
 
     @property
     def is_retired(self) -> bool:
@@ -270,7 +272,7 @@ class WorkerPool:
 
     def on_idle(self, callback: Callable[[], None]) -> None:
         """Call once, from the loop, when nothing is in flight: soon when that is so already."""
-        if self._unanswered:
+        if self.in_flight:
             self._on_idle.append(callback)
         else:
             self._loop.call_soon(callback)

@@ -488,3 +488,18 @@ async def test_it_is_backed_up_while_requests_wait_for_a_worker_that_is_there(be
         peer.answer(await peer.next(), y=np.zeros(1))
         await task
     assert not one.pool.is_backed_up
+
+
+async def test_held_it_is_in_flight_but_keeps_nobody_waiting(bench: MakeBench) -> None:
+    b = await bench()
+    told: list[str] = []
+    with b.pool.held(), b.pool.held():
+        assert b.pool.in_flight == 2
+        assert not b.pool.is_backed_up
+        b.pool.on_idle(lambda: told.append("idle"))
+        await asyncio.sleep(0)
+        assert not told
+        assert not b.pool.idle.is_set()
+    assert told == ["idle"]
+    assert b.pool.in_flight == 0
+    assert b.pool.idle.is_set()
