@@ -40,14 +40,17 @@ def test_the_slowest_node_counts() -> None:
         Round(0.001, {"a": 0.1, "b": at_s}, set(), {"a": 0.3, "b": 2 * at_s})
         for at_s in (0.2, 0.2, 1.5)
     ]
-    run = {"nodes": 2, **propagation.figures(rounds)}
+    run: dict[str, Any] = {"nodes": 2, **propagation.figures(rounds)}
     assert run["last_ack_ms"] == {"p50": 200.0, "p99": 1500.0, "max": 1500.0}
     assert run["last_in_force_ms"]["max"] == 3000.0
     assert [c.holds for c in propagation.criteria(run)] == [True, False]
 
 
 def test_a_refusal_breaks_the_promise() -> None:
-    run = {"nodes": 1, **propagation.figures([Round(0.001, {"a": 0.1}, {"a"}, {"a": 0.2})])}
+    run: dict[str, Any] = {
+        "nodes": 1,
+        **propagation.figures([Round(0.001, {"a": 0.1}, {"a"}, {"a": 0.2})]),
+    }
     assert [c.holds for c in propagation.criteria(run) if c.is_promise] == [False]
 
 
