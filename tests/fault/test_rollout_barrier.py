@@ -31,7 +31,7 @@ from tests.fleet import FleetNode, FleetUnderTest, fleet
 from tests.node import SERVES_WITHIN_S, http_get
 from tests.served import KEYS, MLP, traffic
 
-ROLLOUTS = int(os.environ.get("BARRIER_N", "4"))
+ROLLOUTS = int(os.environ.get("BARRIER_N", "3"))
 """``BARRIER_N=50`` makes it the fifty that we promise."""
 SEED = int(os.environ.get("BARRIER_SEED", "3"))
 RATE_PER_S = 100.0
