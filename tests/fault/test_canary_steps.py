@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from paddlewheel.bench.load_process import PlannedRequest
+from paddlewheel.bench.samples import Result
 from registry.events import EventType, read_events
 from registry.names import ModelName
 from registry.rollouts import CanaryProgress, Order, OrderKind, RolloutRecord
@@ -27,7 +28,7 @@ from tests.eventually import eventually
 from tests.fault.rollback_stage import Fleet, fleet_of, steady
 from tests.fleet import start_gateway
 from tests.node import Command
-from tests.served import KEYS, Models
+from tests.served import KEYS, Models, Traffic
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
@@ -165,12 +166,12 @@ class Stage:
 
         await eventually(told, within_s=5, what=kind)
 
-    async def answering(self) -> set[str]:
-        """The versions that answer now."""
-        async with steady(self.gateway, self.models, rate_per_s=100) as running:
-            await asyncio.sleep(0.1)
-            result = await running.stop()
-        return set(result.by(lambda sample: sample.version))
+    async def answers(self, running: Traffic) -> tuple[set[str], Result]:
+        """The versions that answer from now on for a moment, and all of the traffic."""
+        from_s = time.monotonic()
+        await eventually(lambda: time.monotonic() > from_s + 0.6, within_s=5)
+        result = await running.stop()
+        return {each.version for each in result.samples if each.due_s > from_s}, result
 
     async def order(self, kind: OrderKind) -> None:
         """What ``paddlewheel pause``, ``resume`` and ``abort`` write."""
@@ -196,10 +197,10 @@ async def test_a_good_one_is_promoted_through_its_steps_and_users_stay(stage: St
     async with steady(stage.gateway, stage.models, rate_per_s=150) as running:
         await stage.until(lambda seen: seen.step == 1, within_s=20, what="the second step")
         await stage.fleet.until_serves(stage.models.name, "2", standby="1", within_s=20)
-        result = await running.stop()
+        versions_now, result = await stage.answers(running)
+    assert versions_now == {"2"}
     document = await stage.document()
     assert (document.spec.live, document.spec.canary) == ("2", None)
-    assert await stage.answering() == {"2"}
 
     versions: dict[str, list[str]] = defaultdict(list)
     for sample in sorted(result.samples, key=lambda sample: sample.due_s):
@@ -238,19 +239,20 @@ async def test_a_bad_one_goes_to_nothing(stage: Stage, how: str) -> None:
     await stage.until(lambda seen: seen.percent == 15, within_s=10, what="the first step")
     await stage.until_shared(15)
     before = await stage.document()
-    async with steady(stage.gateway, stage.models, rate_per_s=80):
+    async with steady(stage.gateway, stage.models, rate_per_s=80) as running:
         armed = [
             await stage.fleet[id].drill(stage.models.name, version="2", **drill) for id in NODES
         ]
         failed = await stage.until(lambda seen: seen.phase == "failed", within_s=25, what="failed")
         await stage.until_shared(None)
+        versions_now, _ = await stage.answers(running)
+    assert versions_now == {"1"}
     assert failed.percent == 0
     assert (failed.detail or "").startswith(why), failed.detail
     assert await stage.document() == before, "never rewritten by a failure"
     for id, drill_id in zip(NODES, armed, strict=True):
         await stage.fleet[id].call("DELETE", f"/admin/drill/{drill_id}")
     await stage.is_told(EventType.CANARY_FAILED)
-    assert await stage.answering() == {"1"}
 
 
 async def test_too_little_traffic_holds_and_users_are_the_same_everywhere(stage: Stage) -> None:
