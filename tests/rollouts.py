@@ -106,11 +106,11 @@ class PlayedNode:
     def _take(self, event: Put | Delete) -> None:
         kv = event.kv if isinstance(event, Put) else None
         key = K.parse(event.key if isinstance(event, Delete) else event.kv.key)
-        if isinstance(key, RolloutKey):
+        if isinstance(key, RolloutKey) and key.model == M:
             self._record = None
             with suppress(BadRecord):
                 self._record = None if kv is None else RolloutRecord.from_json(kv.value)
-        elif isinstance(key, ModelKey) and kv is not None:
+        elif isinstance(key, ModelKey) and key.model == M and kv is not None:
             self._seen = kv.mod_revision
             try:
                 found = parse_model(kv.value, name=M)

@@ -24,7 +24,7 @@ from paddlewheel.rollout.telling import Telling, tellings
 from paddlewheel.rollout.view import DocumentSeen, View
 from paddlewheel.rollout.world import World
 from registry.cas import Conflict
-from registry.election import Leadership, backoff_s
+from registry.election import Deposed, Leadership, backoff_s
 from registry.keys import Keys, ModelKey, SamplesKey
 from registry.names import ModelName, Revision
 from registry.records import BadRecord, HistoryEntry
@@ -289,7 +289,12 @@ class Term:
             self._touched = set()
             for model in sorted(models):
                 self._due_s.pop(model, None)
-                await self._step(model)
+                try:
+                    await self._step(model)
+                except (Deposed, StoreError):
+                    raise
+                except Exception:  # a bug, but one model's: the others go on
+                    log.exception("rollout_not_decided", model=model)
 
     async def _step(self, model: ModelName) -> None:
         """Write what is to be said of one model, as far as that goes without waiting."""

@@ -9,9 +9,11 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from paddlewheel.rollout.coordinator import Coordinator
+from paddlewheel.rollout.plan import next_record
+from paddlewheel.rollout.world import World
 from registry.events import EventType
 from registry.memory_store import Fate, MemoryStore
-from registry.names import NodeId, Revision
+from registry.names import ModelName, NodeId, Revision
 from registry.records import BadRecord, HistoryEntry
 from registry.rollouts import OrderKind, Phase, RolloutRecord
 from registry.store import Ambiguous
@@ -359,6 +361,23 @@ async def test_a_record_that_cannot_be_read_is_written_anew() -> None:
         record = await ended(store, revision)
         assert (record.phase, record.previous) == (Phase.COMMITTED, 0)
         await converged(nodes, revision)
+
+
+async def test_a_bug_met_by_one_model_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choosy(world: World) -> RolloutRecord | None:
+        if world.model == "bad":
+            raise ZeroDivisionError
+        return next_record(world)
+
+    monkeypatch.setattr("paddlewheel.rollout.term.next_record", choosy)
+    store = MemoryStore()
+    async with coordinating(store) as coordinators, played_fleet(store):
+        bad = text("1", BARRIER).replace(b"name: m", b"name: bad")
+        await store.put(K.model(ModelName("bad")), bad)
+        revision = await store.put(K.model(M), text("1", BARRIER))
+        assert (await ended(store, revision)).phase is Phase.COMMITTED
+        assert await store.get(K.rollout(ModelName("bad"))) is None
+        assert coordinators[0].terms == 1
 
 
 async def test_the_time_without_any_node_does_not_count() -> None:
