@@ -12,7 +12,9 @@ def live(health: Health) -> tuple[int, dict[str, Any]]:
     return (200 if health.live else 503), {"live": health.live}
 
 
-_NAMELESS = frozenset(("draining", "configs_known", "fleet_known", "control_loop"))
+_NAMELESS = frozenset(
+    ("draining", "configs_known", "fleet_known", "nodes", "access", "control_loop")
+)
 ABOUT_MODELS = "models"
 """The one check that stands for those of all models where no names may be shown."""
 

@@ -27,9 +27,11 @@ from paddlewheel.front_door import Doors
 from registry.keys import Keys
 from registry.memory_store import MemoryStore
 from registry.names import NodeId
+from router import health
 from router.access.guard import ClosedGuard, Guard, Guarding
 from router.app import App
 from router.http_server import ConnectionLimits
+from router.ports import Health
 from router.upstream import Upstream, UpstreamFailed
 from tests.access import ADMIN, SECRET, gateway_document
 from tests.etcd import CERTS, etcd_cluster
@@ -104,6 +106,9 @@ async def test_a_first_document_that_is_refused_opens_nothing() -> None:
     async with followed(store) as (door, control):
         await eventually(lambda: isinstance(door.guard, ClosedGuard), within_s=2)
         assert [check.name for check in control.remarks()] == ["gateway_document"]
+        shown = Health(ready=False, started=True, live=True, checks=[control.check()])
+        _, told = health.ready(shown, verbose=True, names=False)
+        assert told["checks"][0] == {"name": "access", "ok": False, "detail": ""}
 
 
 async def test_a_node_starts_with_what_it_knew(tmp_path: Path) -> None:

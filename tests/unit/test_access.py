@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -15,13 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import RSAAlgorithm
 
-from registry.gateway_spec import Access, GatewayDocument, Jwt, Rate, parse_gateway
+from registry.gateway_spec import (
+    Access,
+    FrozenDict,
+    GatewayDocument,
+    GatewayLimits,
+    Jwt,
+    Rate,
+    parse_gateway,
+)
+from registry.names import ModelName
 from registry.schema import gateway_fields, gateway_schema
 from registry.schema_reference import gateway_reference
 from registry.spec import ConfigError
 from router.access.api_keys import ApiKeys, digest_of, show_key
 from router.access.buckets import BUCKETS_MAX, Buckets, Quota, headers
-from router.access.errors import AccessClosed, AccessError, BadToken
+from router.access.errors import AccessClosed, AccessError, BadToken, RateLimited
 from router.access.guard import Guard, Keyring
 from router.access.jwks import UNKNOWN_KID_S, RemoteKeys
 from router.access.keyring import BadKeys, KeySet, UnknownKey, read_jwks, secret_key, verify
@@ -274,6 +284,42 @@ def test_buckets_are_bounded() -> None:
     for n in range(BUCKETS_MAX + 10):
         buckets.spend([Quota("client", str(n), Rate(requests=1))], now_s=0.0)
     assert len(buckets) == BUCKETS_MAX
+
+
+async def test_limits_without_access_are_by_address_and_model() -> None:
+    limits = GatewayLimits(
+        per_client=Rate(requests=3, per_s=60),
+        per_model=Rate(requests=4, per_s=60),
+        models=FrozenDict({ModelName("small"): Rate(requests=1, per_s=60)}),
+    )
+    guard = Guard(None, limits, Keyring(), Buckets(), clock=lambda: 5.0)
+
+    async def passes(address: str, model: str = "m") -> bool:
+        request = make_mocked_request("POST", "/", transport=_From(address))
+        try:
+            await guard.admit(request, Resource(Area.MODEL, model))
+        except RateLimited:
+            return False
+        return True
+
+    assert [await passes("10.0.0.1") for _ in range(4)] == [True, True, True, False]
+    assert await passes("10.0.0.2")
+    assert not await passes("10.0.0.3"), "the model's four are gone"
+    assert [await passes("10.0.0.4", "small"), await passes("10.0.0.5", "small")] == [True, False]
+    # One host has a whole /64 of addresses to ask from.
+    assert [await passes(f"2001:db8::{n}", "other") for n in range(4)] == [True, True, True, False]
+    assert await passes("2001:db8:0:1::1", "other")
+    assert await guard.is_admin(make_mocked_request("GET", "/"))
+
+
+class _From(asyncio.Transport):
+    """A connection from somewhere."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__({"peername": (address, 1)})
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        raise AssertionError(data)
 
 
 @given(st.lists(st.floats(0, 3, allow_nan=False), min_size=1, max_size=200))
