@@ -295,6 +295,9 @@ class PlayedRepository:
     def has(self, digest: Digest) -> bool:
         return (self._world.folder / digest.removeprefix("sha256:") / "content").exists()
 
+    def has(self, digest: Digest) -> bool:
+        return (self._world.folder / digest.removeprefix("sha256:")).exists()
+
     def lease(self, digest: Digest) -> None:
         if not (self._world.folder / digest.removeprefix("sha256:")).exists():
             raise FetchFailed(f"{digest} is not in the cache")
