@@ -177,7 +177,7 @@ async def test_rates_are_the_gateways_unless_nodes_shall_count() -> None:
 def test_the_document_is_applied_and_shown_like_any_other(tmp_path: Path) -> None:
     file = tmp_path / "access.yaml"
     file.write_bytes((Path(__file__).parents[2] / "configs/gateway/access.yaml").read_bytes())
-    made = CliRunner().invoke(root, ["access", "new-key", "--id=a", "--model=mlp", "-o=json"])
+    made = CliRunner().invoke(root, ["access", "new-key", "--id=a", "--model=mlp", "--output=json"])
     entry = json.loads(made.stdout)
     assert _digest(entry["key"]) == entry["entry"]["sha256"]
     with etcd_cluster() as cluster:
