@@ -120,13 +120,18 @@ class Manager:
 
     # --- wishes -------------------------------------------------------------------------------
 
-    def aspire(self, document: ModelDocument, revision: Revision) -> None:
+    def aspire(
+        self, document: ModelDocument, revision: Revision, *, is_tentative: bool = False
+    ) -> None:
         """Make ``document`` what this node works towards. A newer one replaces an older one.
 
         One that was prepared, or was in force just before, comes into force by a change of
         pointer.
+        is_tentative: the fleet may still take it back: the version before stays loaded till it
+        is said that it may not, however long that takes.
         """
         model = self._model(document.name)
+        model.is_tentative = is_tentative
         if take_aspired(model, document, revision):
             self._try_all_again(model)
         self.publish(model)
@@ -358,6 +363,7 @@ class Manager:
             prepared=None if model.prepared is None else model.prepared.aspiration,
             awaits_base=model.awaits_base,
             keeps=model.keeps,
+            is_tentative=model.is_tentative,
         )
 
     def _reconcile(self, name: ModelName) -> None:

@@ -43,6 +43,8 @@ class Model:
     """What is loaded only to be ready when the fleet says so."""
     awaits_base: bool = False
     """The document to have in force while one is prepared is being looked up."""
+    is_tentative: bool = False
+    """The fleet may still take the aspired document back."""
     keeps: bool = False
     """No document is to be in force, but none was deleted: what serves goes on."""
     former: dict[Revision, tuple[ModelDocument, Aspiration]] = field(

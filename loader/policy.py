@@ -84,6 +84,8 @@ class World:
     """The document to have in force meanwhile is still being looked up."""
     keeps: bool = False
     """No document is to be in force, and what serves goes on."""
+    is_tentative: bool = False
+    """The fleet may still take the document in force back: its standby stays, whatever the bake."""
 
     @property
     def is_kept(self) -> bool:
@@ -174,7 +176,8 @@ def _applied(world: World, aspiration: Aspiration, canary: ServableId | None) ->
         # What an older document takes the place of was taken back: nothing to fall back to.
         standby = now.live if aspiration.revision >= now.revision else None
     # A suspected standby stays: it is the control by which it will be judged.
-    keeps = world.is_loaded(standby) and bake_until_s > world.now_s and not world.is_tight
+    is_baking = bake_until_s > world.now_s or world.is_tentative
+    keeps = world.is_loaded(standby) and is_baking and not world.is_tight
     return InForce(
         revision=aspiration.revision,
         live=aspiration.live,
@@ -190,7 +193,8 @@ def _held(world: World) -> InForce:
     canary = now.canary if world.is_good(now.canary) else None
     standby = now.standby if world.is_loaded(now.standby) else None
     if world.is_good(now.live):
-        if now.bake_until_s <= world.now_s or world.is_tight:
+        is_baking = now.bake_until_s > world.now_s or world.is_tentative
+        if not is_baking or world.is_tight:
             standby = None
         return replace(now, canary=canary, standby=standby)
     if world.is_good(standby):
@@ -340,6 +344,7 @@ def role(id: ServableId, in_force: InForce) -> State:
 def next_wake_s(world: World) -> float | None:
     """When, without any event, the answer of `next_action` may change, or a bake ends."""
     times = [s.drain_by_s for s in world.servables.values() if s.state is State.DRAINING]
-    if world.in_force.bake_until_s > world.now_s or world.in_force.standby is not None:
+    has_standby = world.in_force.standby is not None and not world.is_tentative
+    if world.in_force.bake_until_s > world.now_s or has_standby:
         times.append(world.in_force.bake_until_s)
     return min(times, default=None)

@@ -32,6 +32,8 @@ class Step:
     shadow: Shadow
     reason: str | None = None
     """For the status."""
+    is_tentative: bool = False
+    """The document may still be taken back."""
 
 
 def next_step(
@@ -53,7 +55,9 @@ def next_step(
     base = stand.base if stand.base != NONE_BEFORE else None
     match stand.stand:
         case Stand.APPLY:
-            return Step(revision, Shadow.DROP)
+            is_waving = record is not None and record.phase is Phase.WAVING
+            is_ours = record is not None and record.revision == revision
+            return Step(revision, Shadow.DROP, is_tentative=is_waving and is_ours)
         case Stand.REVERT:
             return Step(base, Shadow.DROP, stand.reason)
         case Stand.HOLD if base == revision:

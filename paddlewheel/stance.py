@@ -95,7 +95,7 @@ class Stance:
         if step.aspire is None:
             manager.await_base(model, is_awaited=not self.rollouts_known)
         elif (document := self._at(newest, step.aspire)) is not None:
-            manager.aspire(document, step.aspire)
+            manager.aspire(document, step.aspire, is_tentative=step.is_tentative)
         elif self._without_base.get(model) == step.aspire:
             manager.await_base(model, is_awaited=False)
         else:

@@ -193,6 +193,10 @@ class PolicyMachine(RuleBasedStateMachine):
     def memory(self, is_tight: bool) -> None:
         self.world = replace(self.world, is_tight=is_tight)
 
+    @rule(is_tentative=st.booleans())
+    def a_wave(self, is_tentative: bool) -> None:
+        self.world = replace(self.world, is_tentative=is_tentative)
+
     @rule(data=st.data())
     def load_goes_on(self, data: st.DataObject) -> None:
         if under_way := [s for s in self.world.servables.values() if s.state in UNDERWAY]:
@@ -240,7 +244,7 @@ class PolicyMachine(RuleBasedStateMachine):
         for id, snapshot in list(self.world.servables.items()):
             if snapshot.state in (State.FAILED, State.QUARANTINED):
                 self.move(id, State.GONE)
-        self.world = replace(self.world, is_tight=False)
+        self.world = replace(self.world, is_tight=False, is_tentative=False)
         for _ in range(STEPS_MAX):
             self.settle()
             for id, snapshot in list(self.world.servables.items()):

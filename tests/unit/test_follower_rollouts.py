@@ -388,3 +388,18 @@ async def test_an_abort_with_nothing_to_go_back_to_leaves_what_serves(tmp_path: 
             await say(store, first, "aborted", reason="n2 refused")
             await until(node, "0 LIVE", 1)
             assert node.status.reason == "rollout aborted: n2 refused"
+
+
+async def test_the_way_back_from_a_wave_is_kept_open(tmp_path: Path) -> None:
+    """However long the waves take, and where no standby is asked for."""
+    store = MemoryStore()
+    async with managed(tmp_path) as node, running(follower_of(node, store, tmp_path)):
+        first = await put(store, document("1"))
+        await until(node, "1 LIVE", first)
+        second = await put(store, document("2", "1", rollback={"bake_s": 0}, **WAVES))
+        await say(store, second, "waving", previous=first, released=(NODE,))
+        await until(node, "1 STANDBY, 2 LIVE", second)
+        await node.passes(10_000)
+        assert node.states == "1 STANDBY, 2 LIVE"
+        await say(store, second, "committed", previous=first)
+        await until(node, "2 LIVE", second)

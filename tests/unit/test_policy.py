@@ -47,6 +47,7 @@ def world(
     prepared: Aspiration | None = None,
     awaits_base: bool = False,
     keeps: bool = False,
+    is_tentative: bool = False,
 ) -> World:
     """``states``: "a LIVE, b LOADING"."""
     servables = dict[ServableId, Snapshot]()
@@ -57,7 +58,7 @@ def world(
     return World(
         aspired, in_force, servables, NOW_S,
         fallback=fallback, is_tight=is_tight, suspected=suspects,
-        prepared=prepared, awaits_base=awaits_base, keeps=keeps,
+        prepared=prepared, awaits_base=awaits_base, keeps=keeps, is_tentative=is_tentative,
     )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ WANT_A_CANARY_B = Aspiration(R2, A, canary=B)
 WANT_A_CANARY_C = Aspiration(R2, A, canary=C)
 WANT_C = Aspiration(Revision(3), C)
 A_IN_FORCE = InForce(R1, A)
+B_BAKED = InForce(R2, B, standby=A, bake_until_s=NOW_S - 100)
 B_OVER_A = InForce(R2, B, standby=A, bake_until_s=NOW_S + 600)
 
 CASES: dict[str, tuple[World, Action | None]] = {
@@ -272,6 +274,18 @@ CASES: dict[str, tuple[World, Action | None]] = {
         world("a FETCHING, b LOADING", WANT_A, prepared=WANT_B, is_tight=True),
         Abandon(B),
     ),
+    "what may be taken back keeps its standby, bake or not": (
+        world("a LIVE, b READY", Aspiration(R2, B), A_IN_FORCE, is_tentative=True),
+        Swap(InForce(R2, B, standby=A, bake_until_s=NOW_S)),
+    ),
+    "for as long as that takes": (
+        world("a STANDBY, b LIVE", Aspiration(R2, B), B_BAKED, is_tentative=True),
+        None,
+    ),
+    "and gives it up when it stays": (
+        world("a STANDBY, b LIVE", Aspiration(R2, B), B_BAKED),
+        Swap(InForce(R2, B, bake_until_s=NOW_S - 100)),
+    ),
     "what serves goes on where no document is to be in force": (
         world("a LIVE, b READY", None, A_IN_FORCE, keeps=True),
         Drain(B),
@@ -291,6 +305,11 @@ CASES: dict[str, tuple[World, Action | None]] = {
 def test_next_action(name: str) -> None:
     given, wanted = CASES[name]
     assert next_action(given) == wanted
+
+
+def test_what_may_be_taken_back_wakes_nobody() -> None:
+    given = world("a STANDBY, b LIVE", WANT_B, B_BAKED, is_tentative=True)
+    assert next_wake_s(given) is None
 
 
 def test_the_next_wake_is_the_end_of_the_bake() -> None:
