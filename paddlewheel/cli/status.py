@@ -38,6 +38,7 @@ def status(model: str | None, watch: bool, etcd: EtcdOptions, output: OutputForm
     refused    not accepted; the document before stays in force
     failed     accepted, but a version could not be made ready
     held       ready, in force as soon as the rollout says so
+    aborted    not in force, or not any more: the rollout was aborted
     deviates   in force, but something else serves: a version is quarantined
     """
     only = None if model is None else ModelName(model)

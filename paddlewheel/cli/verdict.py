@@ -27,6 +27,8 @@ class Standing(StrEnum):
     LOADING = "loading"
     HELD = "held"
     """Ready, and not in force before the fleet's rollout says so."""
+    ABORTED = "aborted"
+    """Not in force, or not any more, since the fleet's rollout was aborted."""
     REFUSED = "refused"
     """Does not parse, does not validate or is not allowed there: the one before stays in force."""
     FAILED = "failed"
@@ -35,7 +37,7 @@ class Standing(StrEnum):
     """In force, but something else serves: a version is quarantined, say."""
 
 
-BAD = frozenset({Standing.REFUSED, Standing.FAILED, Standing.DEVIATES})
+BAD = frozenset({Standing.ABORTED, Standing.REFUSED, Standing.FAILED, Standing.DEVIATES})
 """Standings that waiting does not mend."""
 
 _LOST = frozenset({"FAILED", "QUARANTINED"})
@@ -70,6 +72,8 @@ def judge(status: ModelStatus | None, revision: Revision, intent: Intent) -> Ver
     if lost is not None or (status.reason or "").startswith("quarantined"):
         why = status.reason or (_because(lost) if lost is not None else "")
         return Verdict(Standing.DEVIATES, f"{_serves(status)}: {why}")
+    if not applied and (status.reason or "").startswith("rollout aborted"):
+        return Verdict(Standing.ABORTED, f"{_serves(status)}: {status.reason}")
     if (status.prepared_revision or 0) >= revision and not applied:
         return Verdict(Standing.HELD, status.reason or "ready")
     return Verdict(Standing.LOADING, _progress(status.servables, wanted) or _serves(status))

@@ -87,6 +87,47 @@ CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
         {"revision": 9, "applied_revision": 9, "live": "2", "servables": [servable("1", "FAILED")]},
         "converged",
     ),
+    "ready, held by a rollout": (
+        {
+            "revision": 9,
+            "applied_revision": 8,
+            "prepared_revision": 9,
+            "live": "1",
+            "reason": "rollout: waiting for the commit",
+            "servables": [servable("1", "LIVE"), servable("2", "READY")],
+        },
+        "held: rollout: waiting for the commit",
+    ),
+    "loading, held by a rollout": (
+        {
+            "revision": 9,
+            "applied_revision": 8,
+            "prepared_revision": 8,
+            "live": "1",
+            "reason": "rollout: waiting for the commit",
+            "servables": [servable("1", "LIVE"), servable("2", "LOADING")],
+        },
+        "loading: 2 LOADING",
+    ),
+    "its rollout aborted": (
+        {
+            "revision": 9,
+            "applied_revision": 8,
+            "live": "1",
+            "reason": "rollout aborted: 1 of 3 nodes can't take it",
+            "servables": [servable("1", "LIVE")],
+        },
+        "aborted: serves 1: rollout aborted: 1 of 3 nodes can't take it",
+    ),
+    "its rollout aborted, by this node": (
+        {
+            "revision": 9,
+            "applied_revision": 8,
+            "reason": "rollout aborted: x",
+            "servables": [servable("2", "FAILED", "params: cut short")],
+        },
+        "failed: 2 FAILED: params: cut short",
+    ),
     "in force": ({"revision": 9, "applied_revision": 9, "live": "2"}, "converged"),
     "in force, rolled back": (
         {"revision": 9, "applied_revision": 9, "live": "1", "reason": "quarantined: code 700"},
