@@ -109,9 +109,13 @@ class Members:
 
 
 def _open(endpoint: Endpoint, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    options = list(OPTIONS)
+    if endpoint.is_loopback:
+        # gRPC's core would ask the proxy of `http_proxy` for 127.0.0.1 too; Go's tools do not.
+        options.append(("grpc.enable_http_proxy", 0))
     if endpoint.tls and credentials is not None:
-        return grpc.aio.secure_channel(endpoint.address, credentials, options=OPTIONS)
-    return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)
+        return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
+    return grpc.aio.insecure_channel(endpoint.address, options=options)
 
 
 def _read(path: Path | None) -> bytes | None:

@@ -57,3 +57,17 @@ class TestTlsAndPassword(OnEtcd):
         with etcd_cluster(1, tls=True) as cluster:
             cluster.enable_auth("paddlewheel", "pa55 wörd:/")
             yield cluster
+
+
+async def test_a_proxy_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the environment names one for the world outside, without a `no_proxy`."""
+    with etcd_cluster() as cluster:
+        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:1")
+        store = EtcdStore.connect(cluster.settings(timeout_s=3))
+        try:
+            assert await store.put("/a", b"1")
+        finally:
+            await store.close()
