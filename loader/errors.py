@@ -17,6 +17,14 @@ class FetchFailed(LoaderError):
         self.retryable = retryable
 
 
+class SourceGone(FetchFailed):
+    """There is no model there. Asking again at once is of no use; later it may be: a folder that
+    is not mounted yet, or not synced, looks the same."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=False)
+
+
 class NotAdmitted(LoaderError):
     """One of the seven checks of SPEC section 4 failed.
 

@@ -24,7 +24,7 @@ from tenacity import (
 
 from loader.cache import FILE_PREFIX, HOLD_S, Cache, DiskFull
 from loader.copying import Copier, SourceChanged, gather
-from loader.errors import FetchFailed, NotAdmitted
+from loader.errors import FetchFailed, NotAdmitted, SourceGone
 from loader.fetch_threads import FetchThreads
 from loader.model_files import (
     ModelFiles,
@@ -86,7 +86,7 @@ class _Job:
         try:
             return choose(names)
         except NoSuchModel as exc:
-            raise FetchFailed(f"{self.folder}: {exc}", retryable=False) from exc
+            raise SourceGone(f"{self.folder}: {exc}") from exc
 
     def entry(self, files: ModelFiles, found: Mapping[str, str]) -> str:
         """The cache entry's name for files of these digests."""

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 import fsspec
 
-from loader.errors import FetchFailed
+from loader.errors import FetchFailed, SourceGone
 
 CHUNK_BYTES = 4 << 20
 """Small enough that a fetch given up ends soon, large enough that hashing never waits."""
@@ -269,11 +269,11 @@ def _translated(what: str) -> Generator[None]:
     except FileNotFoundError as exc:
         if not _is_missing(exc):
             raise FetchFailed(f"{what}: {exc.__cause__!r}") from exc
-        raise FetchFailed(f"{what} does not exist", retryable=False) from exc
+        raise SourceGone(f"{what} does not exist") from exc
     except TimeoutError as exc:  # fsspec's has no text
         raise FetchFailed(f"{what}: no answer in time") from exc
     except (NotADirectoryError, IsADirectoryError, PermissionError) as exc:
-        raise FetchFailed(f"{what}: {exc.strerror or exc}", retryable=False) from exc
+        raise SourceGone(f"{what}: {exc.strerror or exc}") from exc
     except OSError as exc:
         lasting = exc.errno in (ENOSPC, EDQUOT, EROFS)
         raise FetchFailed(f"{what}: {exc.strerror or exc}", retryable=not lasting) from exc

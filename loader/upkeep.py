@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from loader.errors import FetchFailed, LoadTimedOut, NotAdmitted, WorkerDied
+from loader.errors import FetchFailed, LoadTimedOut, NotAdmitted, SourceGone, WorkerDied
 from loader.fault_desk import FaultDesk
 from loader.lifecycle import State
 from loader.loading import Predecessor
@@ -233,7 +233,7 @@ class Upkeep:
         model.reloads["failed"] += 1
         match error:
             case FetchFailed():
-                may_heal = error.retryable
+                may_heal = error.retryable or isinstance(error, SourceGone)
             case NotAdmitted():
                 may_heal = error.may_heal
             case WorkerDied() | LoadTimedOut() | ZygoteFailed() | OSError():

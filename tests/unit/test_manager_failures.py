@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loader.errors import FetchFailed, LoadFailed, NotAdmitted, WorkerDied
+from loader.errors import FetchFailed, LoadFailed, NotAdmitted, SourceGone, WorkerDied
 from loader.lifecycle import UNDERWAY
 from loader.model import ModelView
 from loader.zygote import ZygoteFailed
@@ -84,6 +84,18 @@ async def test_what_hangs_has_a_deadline(
         node.put(document("2", "1", warmup={"golden": "file:///g.npz"}), 6)
         await node.passes(within_s + 1)
         assert node.states == "1 LIVE, 2 FAILED"
+
+
+async def test_a_source_that_appears_later_is_looked_for_again(tmp_path: Path) -> None:
+    """At a start the file system that it is on may not be mounted yet."""
+    async with managed(tmp_path) as node:
+        node.world.fails("/models/1", "fetch", SourceGone("/models/1 does not exist"))
+        await node.put_and_settle(document("1"), 5)
+        await node.passes(20)
+        assert node.states == "1 FAILED"
+        del node.world.steps["/models/1", "fetch"]
+        await node.passes(61)
+        assert node.live == "1"
 
 
 async def test_the_fallback_is_not_given_up_for_each_new_try(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import loader.cache
 import loader.copying
 import loader.sources
 from loader.cache import Cache, DiskFull
-from loader.errors import FetchFailed, NotAdmitted
+from loader.errors import FetchFailed, NotAdmitted, SourceGone
 from loader.model_files import file_sha256
 from loader.repository import Fetched, ModelRepository, is_allowed
 from loader.sources import LocalFolder, SourceFile, open_source
@@ -274,12 +274,13 @@ async def test_sources_that_cannot_be_read(repository: Make, url: str, wanted: s
         await repository().fetch(url)
     assert wanted in str(caught.value)
     assert not caught.value.retryable
+    assert isinstance(caught.value, SourceGone) == (url == "/nowhere/at/all")
 
 
 async def test_folders_that_hold_no_model(repository: Make, tmp_path: Path, source: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FetchFailed, match="no program"):
+    with pytest.raises(SourceGone, match="no program"):
         await repository().fetch(str(empty))
     (source / "other.json").write_bytes((source / "inference.json").read_bytes())
     (source / "inference.pdiparams").unlink()
