@@ -40,6 +40,7 @@ from router.pipeline.wiring import check_known
 log = structlog.get_logger(__name__)
 
 REFUSED_RETRY_S = 5.0
+HEAL_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,9 @@ class _Known:
     errors: tuple[FieldError, ...] = ()
     plan: Plan | None = None
     accepted_text: str = ""
-    is_name_taken: bool = False
-    """Refused only because a model has its name, which may end."""
+    may_heal: bool = False
+    """Refused for what may end without a new document: a model that has its name, transforms that
+    could not be loaded."""
 
 
 class PipelineKeeper:
@@ -204,15 +206,15 @@ class PipelineKeeper:
         before = self._known.get(name)
         document, errors = await self._parse(name, text)
         plan = None if document is None else plan_of(document, revision)
-        is_name_taken = False
+        may_heal = False
         if plan is not None:
-            errors = _with_lines(text, await self._not_runnable(plan))
-            if not errors and ask and await self._is_model(name):
-                is_name_taken = True
-                errors = _with_lines(text, (_NAME_TAKEN,))
+            found, may_heal = await self._not_runnable(plan)
+            if not found and ask and await self._is_model(name):
+                found, may_heal = (_NAME_TAKEN,), True
+            errors = _with_lines(text, found)
         if errors or plan is None:
             kept = (None, "") if before is None else (before.plan, before.accepted_text)
-            self._known[name] = _Known(revision, sha256, text, errors, *kept, is_name_taken)
+            self._known[name] = _Known(revision, sha256, text, errors, *kept, may_heal)
             log.warning(
                 "pipeline_refused", pipeline=name, revision=revision,
                 errors=[f"{error.path}: {error.message}" for error in errors[:3]],
@@ -236,13 +238,15 @@ class PipelineKeeper:
             log.exception("document_not_judged", pipeline=name)
             return None, (FieldError("", None, f"this node can't judge it: {exc!r}"),)
 
-    async def _not_runnable(self, plan: Plan) -> tuple[FieldError, ...]:
-        """What speaks against it on this very node, besides the models it names."""
+    async def _not_runnable(self, plan: Plan) -> tuple[tuple[FieldError, ...], bool]:
+        """What speaks against it on this very node, besides the models it names; and whether that
+        may pass by itself."""
         if plan.transforms:
             try:
                 await self._transforms.prepare()
             except PaddlewheelError as exc:
-                return (FieldError("spec.steps", None, str(exc)),)
+                asyncio.get_running_loop().call_later(HEAL_RETRY_S, self._stirred.set)
+                return (FieldError("spec.steps", None, str(exc)),), True
         errors: list[FieldError] = []
         for at, step in enumerate(plan.document.spec.steps):
             why = None if step.transform is None else self._transforms.missing(step.transform)
@@ -253,7 +257,7 @@ class PipelineKeeper:
                 check_known(plan, self._transforms.signatures)
             except PipelineBroken as exc:
                 errors.append(FieldError("spec.steps", None, exc.why))
-        return tuple(errors)
+        return tuple(errors), False
 
     async def _is_model(self, name: ModelName) -> bool:
         try:
@@ -308,12 +312,12 @@ class PipelineKeeper:
         )
 
     async def _look_again(self) -> None:
-        """After models changed: readiness, and documents refused for a model of their name."""
+        """After something changed: readiness, and documents refused for what may have ended."""
         while True:
             await self._stirred.wait()
             self._stirred.clear()
             for name, known in list(self._known.items()):
-                if known.is_name_taken:
+                if known.may_heal:
                     async with self._folding:
                         if self._known.get(name) is known:
                             await self._judge(

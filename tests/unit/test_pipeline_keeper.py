@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from paddlewheel import pipelines as pipelines_module
 from paddlewheel.pipelines import PipelineKeeper
 from paddlewheel.transforms.pool import TransformPool
+from registry.inference import Signature
 from registry.keys import Keys
 from registry.memory_store import MemoryStore
 from registry.names import ModelName, NodeId, Revision
@@ -19,6 +22,7 @@ from registry.pipeline_records import PipelineStatus
 from registry.session import Session
 from registry.store import Batch, Listing, PermissionDenied, Unavailable
 from router.app import App
+from router.pipeline.errors import TransformFailed
 from tests.eventually import eventually
 from tests.integration.test_http_support import ONE, Node, one_model, serving
 from tests.pipelines import document
@@ -80,7 +84,11 @@ class Kept:
 
 @contextlib.asynccontextmanager
 async def keeping(
-    folder: Path, store: PlayedStore | None = None, *, model: str = "m"
+    folder: Path,
+    store: PlayedStore | None = None,
+    *,
+    model: str = "m",
+    transforms: TransformPool | None = None,
 ) -> AsyncIterator[Kept]:
     if store is None:
         store = PlayedStore()
@@ -94,7 +102,7 @@ async def keeping(
             keys=KEYS,
             node=NODE,
             session=session,
-            transforms=TransformPool(1),
+            transforms=transforms or TransformPool(1),
             endpoint=app.pipelines,
             snapshot_path=folder / "pipelines.json",
         )
@@ -153,7 +161,9 @@ async def test_what_was_deleted_while_it_was_away_goes(tmp_path: Path) -> None:
         await eventually(lambda: not kept.app.pipelines.has("p"), within_s=5)
 
 
-async def test_a_store_that_refuses_is_waited_for(tmp_path: Path, monkeypatch: Any) -> None:
+async def test_a_store_that_refuses_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pipelines_module, "REFUSED_RETRY_S", 0.01)
     store = PlayedStore()
     store.list_failures = [PermissionDenied("password rotated"), Unavailable("away")]
@@ -215,6 +225,31 @@ async def test_readiness_is_told_when_models_change(tmp_path: Path) -> None:
         kept.app.publish(serving(one_model("m", "1", ONE), one_model("p", "1", ONE)))
         kept.keeper.models_changed()
         await kept.told(ready=False, reason="a model has this name")
+
+
+class LateTransforms(TransformPool):
+    """Can't be loaded at first."""
+
+    tries = 0
+
+    async def prepare(self) -> None:
+        self.tries += 1
+        if self.tries < 3:
+            raise TransformFailed("no memory for a process")
+        self.signatures = {"double": Signature(ONE.inputs, ONE.inputs)}
+
+
+async def test_transforms_that_load_later_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines_module, "HEAL_RETRY_S", 0.05)
+    doubled = {"name": "d", "transform": "double", "inputs": {"x": "request.x"}}
+    text = document("p", [doubled, {**STEP, "inputs": {"x": "d.x"}}])
+    async with keeping(tmp_path, transforms=LateTransforms(1)) as kept:
+        await kept.put(text)
+        status = await kept.told(accepted=False)
+        assert "no memory for a process" in str(status.error)
+        await kept.told(accepted=True, ready=True)
 
 
 async def test_odd_keys_are_passed_over(tmp_path: Path) -> None:
