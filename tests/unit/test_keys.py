@@ -20,6 +20,7 @@ from registry.keys import (
     NodeKey,
     OrderKey,
     PipelineKey,
+    PipelineStatusKey,
     QuarantineKey,
     RolloutKey,
     SamplesKey,
@@ -34,7 +35,8 @@ K = Keys()
 
 KEYS: dict[str, tuple[str, Key]] = {
     "/paddlewheel/configs/models/ocr-rec": (K.model(M), ModelKey(M)),
-    "/paddlewheel/configs/pipelines/ocr": (K.pipeline("ocr"), PipelineKey("ocr")),
+    "/paddlewheel/configs/pipelines/ocr-rec": (K.pipeline(M), PipelineKey(M)),
+    "/paddlewheel/pipelines/ocr-rec/node-1": (K.pipeline_status(M, N), PipelineStatusKey(M, N)),
     "/paddlewheel/configs/gateway": (K.gateway, GatewayKey()),
     "/paddlewheel/history/models/ocr-rec/00000000000000000042": (
         K.history(M, Revision(42)),
