@@ -30,7 +30,7 @@ def main() -> int:
     if os.environ.get("PYTHONHASHSEED") != "0":
         # Sets of text are gone through in an order of their own otherwise.
         os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]])
     return simulate(args)
 
 

@@ -18,15 +18,27 @@ class NothingToDo(Exception):
     """Nothing runs and nothing is timed: whoever is waited for has been forgotten."""
 
 
+class TimeStandsStill(Exception):
+    """Something runs again and again and waits for nothing: with real time, a busy loop."""
+
+
+TURNS_MAX = 1_000_000
+"""Turns of the loop at one and the same time."""
+
+
 class _Selector:
     """Stands where a real loop would wait for sockets."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
+        self._turns = 0
 
     def select(self, timeout: float | None) -> list[Any]:
         if timeout is None:
             raise NothingToDo
+        self._turns = 0 if timeout else self._turns + 1
+        if self._turns > TURNS_MAX:
+            raise TimeStandsStill(f"{TURNS_MAX} turns at {self._loop.now_s:.3f}")
         self._loop.now_s += timeout
         return []
 

@@ -89,8 +89,8 @@ def unnoticed_loss() -> AbstractContextManager[None]:
     """A lease that has ended is held on to."""
 
     def make(_lose: Any) -> Any:
-        def mutated(_self: Session, _why: str) -> None:
-            pass
+        def mutated(self: Session, _why: str) -> None:
+            self._expires_s = self._clock_s() + self._ttl_s
 
         return mutated
 

@@ -28,7 +28,7 @@ from registry.store import Listing
 from tests.sim import rest
 from tests.sim.fleet import Fleet, SimGateway, SimNode
 from tests.sim.history import Barred, Did, Handed, History, Leapt
-from tests.sim.loop import VirtualLoop
+from tests.sim.loop import TimeStandsStill, VirtualLoop
 from tests.sim.network import Etcd
 from tests.sim.promises import ROLLOUTS, Found, check
 from tests.sim.stage import Process, current, played, track
@@ -270,9 +270,12 @@ def run(
         with stage, _watched(world), mutation(), _rare_collections():
             started_s = loop.time()
             outcome.history = world.history
-            outcome.found = loop.run_until_complete(world.play())
-            outcome.lasted_s = loop.time() - started_s
-            _end(loop, fleet)
+            try:
+                outcome.found = loop.run_until_complete(world.play())
+                outcome.lasted_s = loop.time() - started_s
+                _end(loop, fleet)
+            except TimeStandsStill as exc:
+                outcome.found = [Found("time goes on", loop.time(), str(exc))]
     finally:
         asyncio.set_event_loop(None)
         loop.close()
