@@ -136,7 +136,7 @@ class TransformPool:
         except BaseException:
             self._replace(process)
             raise
-        self._idle.append(process)
+        self._rest(process)
         if "request" in head:
             raise BadInput(str(head["request"]))
         if "failed" in head:
@@ -166,7 +166,7 @@ class TransformPool:
 
     def _keep(self, starting: asyncio.Task[TransformProcess]) -> None:
         if not starting.cancelled() and starting.exception() is None:
-            self._idle.append(starting.result())
+            self._rest(starting.result())
 
     async def _start(self) -> TransformProcess:
         """Raises `ProcessDied`."""
@@ -187,9 +187,16 @@ class TransformPool:
         if self._closed or len(self._all) >= self._count:
             return
         try:
-            self._idle.append(await self._start())
+            self._rest(await self._start())
         except ProcessDied:
             return  # logged; the next call tries again
+
+    def _rest(self, process: TransformProcess) -> None:
+        """Keep it for the next call, unless another one has taken its place meanwhile."""
+        if len(self._all) > self._count:
+            self._go(self._end(process))
+        else:
+            self._idle.append(process)
 
     def _replace(self, process: TransformProcess) -> None:
         self._all.discard(process)

@@ -89,7 +89,7 @@ async def test_two_models_in_a_row(node: RunningNode, folders: Folders) -> None:
     np.testing.assert_allclose(answer.outputs()["y"], by_hand(folders, x), rtol=1e-4)
 
 
-SLOW, SLEEPS_S = 6, 2.0
+SLOW, SLEEPS_S = 6, 3.0
 TEXTS = (
     {"name": "decode", "transform": "decode", "inputs": {"raw": "request.rows"}},
     *(
