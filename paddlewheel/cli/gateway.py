@@ -57,6 +57,7 @@ def gateway(
     """
     from paddlewheel.front import BadTls, ClientTls
     from paddlewheel.gateway import GatewaySettings, run_gateway
+    from paddlewheel.open_files import raise_limit
     from paddlewheel.settings import parse_listen
     from paddlewheel.state_file import state_dir
 
@@ -73,6 +74,7 @@ def gateway(
             node_tls.context()
         except BadTls as exc:
             raise click.UsageError(str(exc)) from exc
+    raise_limit()
     status = run_gateway(
         GatewaySettings(
             etcd=etcd.settings(),

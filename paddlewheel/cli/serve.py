@@ -122,6 +122,7 @@ def node(etcd: EtcdOptions, listen: str, node_id: str | None, **settings: Any) -
     Prints one line of JSON on stdout when HTTP listens; logs go to stderr as JSON lines.
     """
     from paddlewheel.node import run_node
+    from paddlewheel.open_files import raise_limit
     from paddlewheel.settings import NodeSettings, default_node_id, parse_listen
     from registry.keys import is_node_id
     from registry.names import NodeId
@@ -135,6 +136,7 @@ def node(etcd: EtcdOptions, listen: str, node_id: str | None, **settings: Any) -
             f"want letters, digits, '.', '_' and '-', got {node_id!r}", param_hint="--id"
         )
     front = front_of(host, **{name: settings.pop(name) for name in FRONT_OPTIONS})
+    raise_limit()
     located = etcd.locate()
     status = run_node(
         NodeSettings(
