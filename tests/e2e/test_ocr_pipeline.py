@@ -104,7 +104,7 @@ class Readers:
                 for name, data in names[at:] + names[:at]:
                     await self.send(name, data)
 
-        tasks = [asyncio.create_task(client(3 * at)) for at in range(clients)]
+        tasks = [asyncio.create_task(client(at * IMAGES // clients)) for at in range(clients)]
         try:
             yield
         finally:
@@ -113,7 +113,7 @@ class Readers:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 + 30 * IMAGES)
 async def test_ocr_reads_as_by_hand_while_recognition_is_swapped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,10 +136,10 @@ async def test_ocr_reads_as_by_hand_while_recognition_is_swapped(
 
             readers = Readers(node, expected)
             async with readers.reading():
-                await eventually(lambda: readers.have_read("1"), within_s=60 + 10 * IMAGES)
+                await eventually(lambda: readers.have_read("1"), within_s=60 + 20 * IMAGES)
                 revision = await node.put(
                     "ocr-rec", prepare.document("ocr-rec", "2", versions["ocr-rec"])
                 )
                 await node.applied("ocr-rec", revision)
-                await eventually(lambda: readers.have_read("2"), within_s=60 + 10 * IMAGES)
+                await eventually(lambda: readers.have_read("2"), within_s=60 + 20 * IMAGES)
             assert not readers.failed, readers.failed[:5]
