@@ -56,7 +56,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self.now_s
 
-    def run_in_executor(self, _executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> Any:
         """Run ``func`` here and now; its result comes a turn later, as from a thread."""
         future = self.create_future()
         try:
@@ -69,7 +71,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
             future.set_result(result)
         return future
 
-    def add_signal_handler(self, _sig: int, _callback: Callable[..., Any], *_args: Any) -> None:
+    def add_signal_handler(  # type: ignore[override]
+        self, sig: int, callback: Callable[..., Any], *args: Any
+    ) -> None:
         """Nobody sends signals here; a node is stopped by its own means."""
 
     # --- what a loop needs of its selector, and this one does not ------------------------------

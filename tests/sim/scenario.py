@@ -92,8 +92,8 @@ class World:
         plan, rng, fleet = self.plan, self.rng, self.fleet
         loop = asyncio.get_running_loop()
         for i in range(plan.nodes):
-            node = NodeId(f"n{i:03}")
-            fleet.nodes[node] = SimNode(fleet, node, {"zone": "abc"[i % 3]})
+            id = NodeId(f"n{i:03}")
+            fleet.nodes[id] = SimNode(fleet, id, {"zone": "abc"[i % 3]})
         for i in range(plan.gateways):
             fleet.gateways[f"g{i}"] = SimGateway(fleet, f"g{i}")
         if rng.random() < 0.5:

@@ -269,7 +269,7 @@ def played(
         put(gateway, "EtcdStore", _Connector)
         put(gateway, "GatewayApp", make_gateway_app)
         put(gateway, "Prober", lambda rotation: PlayedProber(rotation, ask))
-        put(gateway, "Rotation", functools.partial(gateway.Rotation, clock=_loop_time))
+        put(gateway, "Rotation", functools.partial(router.rotation.Rotation, clock=_loop_time))
         put(gateway, "print", lambda *_, **__: None)
         put(router.rotation, "Upstream", make_upstream)
         put(loader.readying, "Courtesy", _NoCourtesy)

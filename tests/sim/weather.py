@@ -6,10 +6,12 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable
 from contextvars import Context
+from functools import partial
 from typing import TypeVar
 
 from registry.keys import Keys
 from registry.names import Revision
+from registry.store import Put
 from tests.sim.fleet import Fleet, SimGateway, SimNode
 from tests.sim.history import Did
 from tests.sim.network import Link, Weather
@@ -80,7 +82,7 @@ class Chaos:
         for node in self._some(self._fleet.nodes.values()):
             if node.process is not None:
                 node.kill()
-                self._later(self._rng.uniform(0.5, 20.0), lambda node=node: self.restart(node))
+                self._later(self._rng.uniform(0.5, 20.0), partial(self.restart, node))
 
     def _kill_in_step(self) -> None:
         for node in self._some(self._fleet.nodes.values()):
@@ -96,7 +98,7 @@ class Chaos:
     def _stop_node(self) -> None:
         for node in self._some(self._fleet.nodes.values()):
             node.stop()
-            self._later(self._rng.uniform(3.0, 15.0), lambda node=node: self.restart(node))
+            self._later(self._rng.uniform(3.0, 15.0), partial(self.restart, node))
 
     def restart(self, node: SimNode) -> None:
         if not node.is_running:
@@ -123,7 +125,7 @@ class Chaos:
         span_s = self._rng.uniform(2.0, 25.0)
         for link in self._alive():
             link.cut()
-            self._later(span_s, lambda link=link: self._mend(link))
+            self._later(span_s, partial(self._mend, link))
 
     def _compact(self) -> None:
         etcd = self._fleet.etcd
@@ -158,8 +160,7 @@ class Chaos:
         if self._fleet.etcd.get(key) is None:
             return None
         for written in reversed(self._fleet.etcd.journal):
-            event = written.event
-            if getattr(event, "kv", None) is not None and event.kv.key == key:  # type: ignore[union-attr]
+            if isinstance(written.event, Put) and written.event.kv.key == key:
                 for node in self._fleet.nodes.values():
                     if node.process is not None and node.process.name == written.writer:
                         return node
