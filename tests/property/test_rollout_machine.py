@@ -259,12 +259,15 @@ class Rollouts(RuleBasedStateMachine):
             if record.strategy == "immediate":
                 accepted = [n for n in staying if n.newest == self.newest]
                 assert len([n for n in accepted if self.newest not in n.refused]) >= asked
-            else:
+            elif record.strategy == "barrier":
                 assert len(ready) >= max(asked, 1)
                 left = {refusal.node for refusal in record.refused}
-                gone_on = [node for node in staying if node.id not in left]
-                if record.strategy == "barrier":
-                    assert all(node.can_serve(record.revision) for node in gone_on)
+                assert all(n.can_serve(record.revision) for n in staying if n.id not in left)
+            else:
+                # One that joins during the last wave is told by the commit.
+                serving = [node for node in staying if node.id in record.released]
+                assert serving
+                assert all(node.applied[-1] >= record.revision for node in serving)
         if before is not None and before.revision == record.revision:
             joining = set(record.released) - set(before.released)
             assert all(self.nodes[id_].can_serve(record.revision) for id_ in joining)
