@@ -16,7 +16,7 @@ from registry.spec import HeaderRule
 from registry.spec_canary import Compare
 from registry.spec_canary import Mirror as MirrorSpec
 from router.canary_watch import CanaryWatch
-from router.mirror import Mirror, MirrorCounts
+from router.mirror import BESIDE_BYTES, Mirror, MirrorCounts
 from router.rules import StepShare, compile_rules
 from router.serving import Serving
 from router.table import Route
@@ -212,6 +212,19 @@ async def test_a_copy_that_fails_fails_no_request(
         assert await post(http, url) == 200
         await eventually(lambda: getattr(stage.counts, how) == 1)
     assert stage.seen() == (1, 0, 0, 0)
+
+
+async def test_large_answers_are_compared_beside_the_loop(http: aiohttp.ClientSession) -> None:
+    stage = Stage(mirrored=100)
+    rows = BESIDE_BYTES // 12 + 1
+    data = [1.0, 2.0, 3.0] * rows
+    body = {"inputs": [{"name": "x", "shape": [rows, 3], "datatype": "FP32", "data": data}]}
+    async with running(stage.serving) as (_, url):
+        assert await post(http, url, body=body) == 200
+        await eventually(lambda: stage.counts.agreed == 1)
+        stage.canary.factor = 2.0
+        assert await post(http, url, body=body) == 200
+        await eventually(lambda: stage.counts.differed == 1)
 
 
 async def test_a_crash_in_the_comparison_is_a_failed_copy(http: aiohttp.ClientSession) -> None:
