@@ -111,6 +111,7 @@ class AccessControl:
             )
         connections = self._door.limits
         connections.head_timeout_s = limits.head_timeout_s
+        connections.send_timeout_s = limits.body_timeout_s
         connections.per_client = limits.connections_per_client
         reason = self._closed_for()
         if reason is not None:

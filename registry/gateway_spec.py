@@ -290,7 +290,7 @@ class GatewayLimits(Value):
     head_timeout_s: PositiveSeconds = 20.0
     """Seconds in which a request's head has to arrive once it began."""
     body_timeout_s: PositiveSeconds = 60.0
-    """Seconds in which its body has to arrive."""
+    """Seconds in which its body has to arrive, and a client may leave its answer unread."""
     connections_per_client: Connections | None = None
     """Connections from one address at a time; one more is closed at once."""
 

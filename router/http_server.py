@@ -22,6 +22,9 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 HEAD_S = 20.0
 """A new connection that has not sent one whole request head by then is closed; a later head gets
 as long from its first byte on."""
+SEND_S = 60.0
+"""A client that takes nothing of its answer for so long is given up. (Under TLS the loop's own
+buffer hides that from us; there `KEEPALIVE_S` and the end of TLS bound it.)"""
 KEEPALIVE_S = 75.0
 """So is one that sends nothing, or only half a head, this long after an answer."""
 
@@ -44,6 +47,7 @@ class ConnectionLimits:
     """What one client may do to us, for the connections to come; whoever owns it may change it."""
 
     head_timeout_s: float = HEAD_S
+    send_timeout_s: float = SEND_S
     per_client: int | None = None
     """Connections from one address at a time."""
     open: Counter[str] = field(default_factory=Counter[str])
@@ -55,6 +59,8 @@ class _Connection(RequestHandler):
     limits: ConnectionLimits
     _head: asyncio.TimerHandle | None = None
     """Runs while a head is awaited that has begun, or is the first."""
+    _unread: asyncio.TimerHandle | None = None
+    """Runs while the client leaves more of an answer unread than the transport likes to hold."""
     _address: str | None = None
     """As it was counted in ``limits.open``."""
     is_last_request = False
@@ -82,6 +88,7 @@ class _Connection(RequestHandler):
                 del self.limits.open[self._address]
             self._address = None
         self.head_is_here()
+        self._is_read()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -98,6 +105,33 @@ class _Connection(RequestHandler):
         self.is_last_request = True
         if self._waiter is not None and not self._waiter.done():
             self.force_close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._is_read()
+        self._watch_reading(None)
+
+    def resume_writing(self) -> None:
+        self._is_read()
+        super().resume_writing()
+
+    def _is_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _watch_reading(self, left_bytes: int | None) -> None:
+        """Look now and then whether the client took something; ``left_bytes`` at the last look."""
+        self._unread = None
+        transport = self.transport
+        if transport is None:
+            return
+        left = transport.get_write_buffer_size()
+        if left_bytes is not None and left >= left_bytes:
+            transport.abort()  # closing would wait for the client to read
+            return
+        loop = asyncio.get_running_loop()
+        self._unread = loop.call_later(self.limits.send_timeout_s, self._watch_reading, left)
 
     def head_is_here(self) -> None:
         if self._head is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from click.testing import CliRunner
 
 from paddlewheel import access as access_module
@@ -30,7 +31,7 @@ from registry.names import NodeId
 from router import health
 from router.access.guard import ClosedGuard, Guard, Guarding
 from router.app import App
-from router.http_server import ConnectionLimits
+from router.http_server import ConnectionLimits, HttpServer
 from router.ports import Health
 from router.upstream import Upstream, UpstreamFailed
 from tests.access import ADMIN, SECRET, gateway_document
@@ -322,6 +323,31 @@ async def test_one_address_has_so_many_connections() -> None:
             each.close()
         await eventually(lambda: not app.limits.open, within_s=2)
         assert await status(doors.http + "/livez") == 200
+
+
+async def test_a_client_that_does_not_read_its_answer_is_given_up() -> None:
+    """One that reads, however slowly, is not."""
+
+    async def handle(_: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=bytes(50_000_000))
+
+    limits = ConnectionLimits(send_timeout_s=0.5, per_client=9)
+    server = HttpServer(handle, limits=limits)
+    port = int((await server.start("127.0.0.1", 0)).rpartition(":")[2])
+    for reads in (False, True):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        if reads:
+            async with asyncio.timeout(20):
+                await reader.readuntil(b"\r\n\r\n")
+                for _ in range(20):
+                    assert len(await reader.readexactly(2_500_000)) == 2_500_000
+                    await asyncio.sleep(0.05)
+        else:
+            await eventually(lambda: bool(limits.open), within_s=2)
+            await eventually(lambda: not limits.open, within_s=5)
+        writer.transport.abort()
+    await server.stop(drain_s=1)
 
 
 # --- TLS ------------------------------------------------------------------------------------------
