@@ -149,9 +149,8 @@ class Chaos:
         self._later(self._rng.uniform(0.5, 5.0), lambda: self._restart_gateway(gateway))
 
     def _restart_gateway(self, gateway: SimGateway) -> None:
-        if gateway.process is None:
-            gateway.start()
-            assert gateway.process is not None
+        gateway.start()
+        if gateway.process is not None:
             self.rough(gateway.process.link)
 
     def _coordinator(self) -> SimNode | None:
