@@ -232,7 +232,7 @@ def wanted(world: World) -> tuple[ServableId, ...]:
         )
         if is_needed or (ids and fallback is not None and fallback.state in UNDERWAY):
             ids.append(world.fallback)
-    if world.prepared is not None and (serves or not world.awaits_base) and not _yields(world):
+    if world.prepared is not None and not _yields(world):
         ids += _aspired(world, world.prepared)
     return tuple(dict.fromkeys(ids))
 
@@ -288,13 +288,14 @@ def _give_up(world: World, wants: Iterable[ServableId]) -> Action | None:
 def _load(world: World, wants: Iterable[ServableId]) -> Action | None:
     """One load at a time for a model: two would only make each other, and serving, slower.
 
-    But where nothing serves, what is to serve waits for no load that is only prepared.
+    But where nothing serves, what is to serve waits for no load that is only prepared, and takes
+    no memory from what is still being looked up.
     """
     states = {s.state for s in world.servables.values()}
     if world.is_tight and State.DRAINING in states:
         return None
     under_way = {s.id for s in world.servables.values() if s.state in UNDERWAY}
-    if under_way and not world.is_good(world.in_force.live):
+    if (under_way or world.awaits_base) and not world.is_good(world.in_force.live):
         shadows = _only_prepared(world)
         under_way -= shadows
         wants = [id for id in wants if id not in shadows]

@@ -67,6 +67,7 @@ class Change:
     """One document, on the machine's monotonic clock."""
 
     live: str
+    revision: Revision
     put_s: float
 
 
@@ -86,7 +87,7 @@ async def test_no_client_sees_the_new_version_and_then_the_old_one(world: FleetU
                 coming_back = None
             revision = await world.models.put(world.store, live)
             victim = None
-            changes.append(Change(live, time.monotonic()))
+            changes.append(Change(live, revision, time.monotonic()))
             happened[what] += 1
             match what:
                 case "node" | "coordinator":
@@ -104,7 +105,7 @@ async def test_no_client_sees_the_new_version_and_then_the_old_one(world: FleetU
             await passes(WATCHED_S)
         if coming_back is not None:
             await coming_back
-        await until_in_force(world, world.nodes, revision)
+        await until_in_force(world, world.nodes, changes[-1].revision)
         result = await running.stop()
     took_s = [first_answer_s(result, changes, at) - c.put_s for at, c in enumerate(changes)]
     older = [olds(result, changes, at) for at in range(len(changes))]

@@ -254,6 +254,10 @@ CASES: dict[str, tuple[World, Action | None]] = {
         world("", None, prepared=WANT_B, awaits_base=True),
         None,
     ),
+    "but gives nothing back that is loaded already": (
+        world("b READY", None, prepared=WANT_B, awaits_base=True),
+        None,
+    ),
     "what served last serves until the base is known": (
         world("", None, fallback=A, prepared=WANT_B, awaits_base=True),
         Load(A),
