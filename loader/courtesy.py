@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 TICK_S = 0.002
@@ -51,7 +51,7 @@ class Courtesy:
         self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
-    def of(self, worker: Pausable) -> Iterator[None]:
+    def of(self, worker: Pausable) -> Generator[None]:
         """While the block runs, ``worker`` gives way; at its end it runs."""
         if not self._loading:
             self._turn(is_paused=False)

@@ -36,7 +36,7 @@ from loader.upkeep import RETRY_FIRST_S, Upkeep
 from loader.wishes import take_aspired, take_prepared
 from loader.zygote import Zygote
 from registry.events import EventType
-from registry.names import ModelName, NodeId, Revision, ServableId, Version
+from registry.names import Digest, ModelName, NodeId, Revision, ServableId, Version
 from registry.records import Quarantine
 from registry.spec import ModelDocument
 
@@ -217,6 +217,12 @@ class Manager:
                 model.fallback, model.fallback_revision = id, revision
                 model.fallback_document = document
             self.touch(model.name)
+
+    def remember_served(
+        self, name: ModelName, version: Version, source: str, digest: Digest
+    ) -> None:
+        """What was in force before a restart: served on from the cache if its source is gone."""
+        self._model(name).served[version, source] = digest
 
     # --- looking ------------------------------------------------------------------------------
 

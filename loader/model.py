@@ -12,7 +12,7 @@ from loader.policy import Aspiration, InForce
 from loader.repository import Fetched
 from loader.servable import Servable
 from registry.inference import Predictor
-from registry.names import ModelName, Revision, ServableId, Version
+from registry.names import Digest, ModelName, Revision, ServableId, Version
 from registry.records import Quarantine
 from registry.spec import ModelDocument
 
@@ -67,6 +67,10 @@ class Model:
     """The last good version, where it is not the aspired one."""
     fallback_revision: Revision = Revision(0)
     fallback_document: ModelDocument | None = None
+    served: dict[tuple[Version, str], Digest] = field(
+        default_factory=dict[tuple[Version, str], Digest]
+    )
+    """What a version from a source was when it last was in force here, before a restart too."""
     fetch_ms: dict[ServableId, float] = field(default_factory=dict[ServableId, float])
     retry_at_s: dict[ServableId, float] = field(default_factory=dict[ServableId, float])
     attempts: dict[ServableId, int] = field(default_factory=dict[ServableId, int])

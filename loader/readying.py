@@ -22,6 +22,7 @@ from loader.recipe import Recipe
 from loader.repository import Fetched, ModelRepository
 from loader.servable import Servable
 from loader.zygote import Zygote
+from registry.names import Digest
 
 
 class Readying:
@@ -55,6 +56,10 @@ class Readying:
                 return await self._repository.fetch(recipe.source, sha256=recipe.sha256)
         except TimeoutError:
             raise FetchFailed("the source did not answer in time") from None
+
+    async def cached(self, recipe: Recipe, digest: Digest) -> Fetched | None:
+        """Files with this digest, if they are still on this machine."""
+        return await self._repository.cached(recipe.source, digest)
 
     async def make(
         self,

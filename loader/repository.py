@@ -155,6 +155,18 @@ class ModelRepository:
         size = sum(file.stat().st_size for file in folder.iterdir())
         return Fetched(folder, Digest(f"sha256:{folder.name}"), size)
 
+    async def cached(self, source: str, digest: Digest) -> Fetched | None:
+        """A model that came from ``source`` once, whatever is there now; ``None``: not here (any
+        more), not whole, or not allowed."""
+        if not is_allowed(source, self._allow):
+            return None
+        folder = await self._threads.run(
+            partial(self._cache.lookup, digest.removeprefix("sha256:"))
+        )
+        if folder is None:
+            return None
+        return Fetched(folder, digest, sum(file.stat().st_size for file in folder.iterdir()))
+
     async def fetch_file(self, url: str, *, progress: Progress | None = None) -> Path:
         """Bring one file (golden data) into the cache. Raises `FetchFailed`."""
         path = local_path(url)

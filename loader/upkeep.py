@@ -108,12 +108,28 @@ class Upkeep:
     async def _fetch(self, model: Model, servable: Servable, order: Order) -> None:
         started_s = time.perf_counter()
         try:
-            fetched = await self._readying.fetch(order.recipe)
+            fetched = await self._fetched(model, order)
         except Exception as exc:
             self._failed(model, servable, exc)
             return
         fetch_ms = round((time.perf_counter() - started_s) * 1000, 3)
         self._resolve(model, servable, order, fetched, fetch_ms)
+
+    async def _fetched(self, model: Model, order: Order) -> Fetched:
+        """From the source; of a version that served here before also without it."""
+        recipe = order.recipe
+        try:
+            return await self._readying.fetch(recipe)
+        except FetchFailed as exc:
+            served = model.served.get((recipe.version, recipe.source))
+            cached = None if served is None else await self._readying.cached(recipe, served)
+            if cached is None:
+                raise
+            log.warning(
+                "source_gone", model=model.name, version=recipe.version, reason=str(exc),
+                digest=cached.digest,
+            )  # fmt: skip
+            return cached
 
     def _resolve(
         self, model: Model, servable: Servable, order: Order, fetched: Fetched, fetch_ms: float

@@ -44,7 +44,11 @@ NO_ACCESS = "no gateway document says who may use what"
 class FrontDoor(Protocol):
     """What has requests to guard: `router.app.App`, `router.gateway_app.GatewayApp`."""
 
-    guard: Guarding | None
+    @property
+    def guard(self) -> Guarding | None: ...
+
+    @guard.setter
+    def guard(self, guard: Guarding | None) -> None: ...
 
     @property
     def limits(self) -> ConnectionLimits: ...

@@ -16,7 +16,7 @@ import structlog
 
 from loader.manager import Manager
 from loader.model import ModelView
-from registry.names import ModelName, Revision, Version
+from registry.names import Digest, ModelName, Revision, Version
 from registry.spec import ConfigError, parse_model
 
 log = structlog.get_logger(__name__)
@@ -45,7 +45,10 @@ class Applied:
         for name, row in rows.items():
             try:
                 document = parse_model(orjson.dumps(row["document"]), name=ModelName(name))
-                manager.set_fallback(document, Version(row["version"]), Revision(row["revision"]))
+                version = Version(row["version"])
+                manager.set_fallback(document, version, Revision(row["revision"]))
+                source = document.spec.version(version).source
+                manager.remember_served(document.name, version, source, Digest(row["digest"]))
                 self._rows[document.name] = row
             except (KeyError, TypeError, ConfigError) as exc:
                 log.warning("applied_ignored", model=name, reason=str(exc))
@@ -84,18 +87,24 @@ class Applied:
             self._changed.set()
 
     async def run(self) -> None:
-        """Save until cancelled."""
-        while True:
-            await self._changed.wait()
-            await asyncio.sleep(AFTER_S)
-            self._changed.clear()
-            data = orjson.dumps(self._rows)
-            try:
-                await asyncio.to_thread(self._save, data)
-            except OSError as exc:
-                log.warning("applied_not_saved", path=str(self._path), reason=str(exc))
+        """Save until cancelled; then once more, what was still to be saved."""
+        try:
+            while True:
+                await self._changed.wait()
+                await asyncio.sleep(AFTER_S)
+                self._changed.clear()
+                await asyncio.to_thread(self._save, orjson.dumps(self._rows))
+        finally:
+            if self._changed.is_set():
+                self._save(orjson.dumps(self._rows))
 
     def _save(self, data: bytes) -> None:
+        try:
+            self._write(data)
+        except OSError as exc:
+            log.warning("applied_not_saved", path=str(self._path), reason=str(exc))
+
+    def _write(self, data: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         new = self._path.with_suffix(".new")
         with new.open("wb") as file:

@@ -394,15 +394,22 @@ class Follower:
     # --- the snapshot -------------------------------------------------------------------------
 
     async def _save_snapshots(self) -> None:
-        while True:
-            await self._unsaved.wait()
-            await asyncio.sleep(SAVE_AFTER_S)
-            self._unsaved.clear()
-            snapshot = self._catalog.snapshot(self._keys)
-            try:
-                await asyncio.to_thread(save, self._snapshot_path, snapshot)
-            except PaddlewheelError as exc:
-                log.warning("snapshot_not_saved", error=str(exc))
+        """Until cancelled; then once more, what was still to be saved."""
+        try:
+            while True:
+                await self._unsaved.wait()
+                await asyncio.sleep(SAVE_AFTER_S)
+                self._unsaved.clear()
+                await asyncio.to_thread(self._save_snapshot)
+        finally:
+            if self._unsaved.is_set():
+                self._save_snapshot()
+
+    def _save_snapshot(self) -> None:
+        try:
+            save(self._snapshot_path, self._catalog.snapshot(self._keys))
+        except PaddlewheelError as exc:
+            log.warning("snapshot_not_saved", error=str(exc))
 
 
 def _apply(

@@ -258,3 +258,24 @@ async def test_a_node_that_starts_with_broken_documents(etcd: EtcdCluster, tmp_p
         for model in before:
             await node.apply(model, document(model, "3", {"3": third}))
             await check_tag(node, model, 3.0)
+
+
+async def test_a_node_restarts_though_its_sources_are_gone(
+    etcd: EtcdCluster, tmp_path: Path
+) -> None:
+    """What served here is served again from the cache; a version that never did is not."""
+    gone = {v: make_mlp(tmp_path / v, seed=int(v), tag=int(v)) for v in ("1", "2")}
+    async with running_node(etcd, tmp_path / "node", prefix="/gone") as node:
+        await node.apply("m", document("m", "1", gone))
+        await node.stop()
+        for folder in gone.values():
+            shutil.rmtree(folder)
+        await node.start(cache="cache")
+        await node.until("m", lambda s: s["live"] == "1", what="served from the cache")
+        await check_tag(node, "m", 1.0)
+        never_served = await node.put("m", document("m", "2", gone))
+        await node.failed("m", never_served, "2")
+        # A new version's text over an old folder says that the bytes are new ones.
+        renamed = await node.put("m", document("m", "3", {"3": gone["1"]}))
+        await node.failed("m", renamed, "3")
+        await check_tag(node, "m", 1.0)
