@@ -243,6 +243,12 @@ class Session:
                 self.counters.rewrites += 1
                 seen.lease = 0
                 self._stir()
+        for key in attached - self._wanted.keys() - self._written.keys():
+            # The creation of a key that was deleted since: its answer was lost, it came late, and
+            # there was no revision left to tell it from a new one.
+            log.warning("key_came_late", key=key, lease=f"{lease:x}")
+            self._written[key] = _Written()
+            self._stir()
 
     def _lose(self, why: str) -> None:
         log.warning("lease_lost", lease=f"{self._lease:x}", why=why)

@@ -112,7 +112,7 @@ def _applied(
         elif status.live != live:
             yield f"{node.id} serves {model}/{status.live}, not {live}: {status.reason}"
     elif verdict == "revert":
-        if status.applied_revision == status.revision:
+        if status.applied_revision == status.revision and not world.is_first(model):
             yield f"{node.id} applied {model} at {status.revision}, which was aborted"
     else:
         yield f"the rollout of {model} at {status.revision} is {verdict}"

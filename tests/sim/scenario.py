@@ -187,6 +187,11 @@ class World:
             return "not started"
         return {Phase.COMMITTED: "apply", Phase.ABORTED: "revert"}.get(said.phase, said.phase)
 
+    def is_first(self, model: ModelName) -> bool:
+        """Whether there is nothing to go back to: who serves it when it is aborted, goes on."""
+        kv = self.etcd.get(f"{ROLLOUTS}{model}")
+        return kv is not None and not RolloutRecord.from_json(kv.value).previous
+
     # --- looking on -------------------------------------------------------------------------------
 
     def handed_on(self, process: Process, follower: Any, change: object) -> None:

@@ -293,9 +293,6 @@ class PlayedRepository:
         return self._world.folder / "golden.npz"
 
     def has(self, digest: Digest) -> bool:
-        return (self._world.folder / digest.removeprefix("sha256:") / "content").exists()
-
-    def has(self, digest: Digest) -> bool:
         return (self._world.folder / digest.removeprefix("sha256:")).exists()
 
     def lease(self, digest: Digest) -> None:
