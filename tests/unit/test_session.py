@@ -223,6 +223,24 @@ async def test_a_write_that_arrives_late_does_not_undo_a_newer_one() -> None:
         assert value(store, NODE) == b"3"
 
 
+async def test_a_key_that_is_created_after_it_was_removed_goes_again() -> None:
+    """A creation compares with no revision: late, it finds what it wants once the key is gone."""
+    store = MemoryStore()
+    async with session_on(store) as session:
+        session.set(NODE, b"node")
+        assert await session.settled(1)
+        store.faults.ambiguous.append("late")
+        session.set(STATUS, b"old")
+        await eventually(lambda: not store.faults.ambiguous, within_s=1)
+        assert await session.settled(5)  # written by the next attempt
+        session.remove(STATUS)
+        assert await session.settled(1)
+        store.deliver_late()
+        assert value(store, STATUS) == b"old"
+        await eventually(lambda: value(store, STATUS) is None, within_s=TTL_S)
+        assert value(store, NODE) == b"node"
+
+
 async def test_stopping_while_etcd_is_away_is_bounded() -> None:
     store = MemoryStore()
 
