@@ -84,6 +84,8 @@ class Rotation:
         """The oldest document that may still answer a request that pins no version."""
         self._behind: dict[ModelName, set[NodeId]] = {}
         """Nodes found to be under their model's floor, until they say something new."""
+        self._ahead: dict[ModelName, set[NodeId]] = {}
+        """Nodes that have answered from their model's floor or above: etcd may tell so later."""
         self._seen: dict[ModelName, str] = {}
         """The revision of the last answer, as it was written."""
         self._pools: dict[tuple[str, Want], _Pool] = {}
@@ -177,21 +179,24 @@ class Rotation:
         revision: its ``X-Config-Revision``. is_barrier: whether it says that this document came
         into force everywhere at once.
         """
-        if self._seen.get(model) == revision and node not in self._behind.get(model, ()):
+        if self._seen.get(model) == revision and node in self._ahead.get(model, ()):
             return False
         if not (revision.isascii() and revision.isdigit() and len(revision) < _DIGITS_MAX):
             return False
         number, behind = Revision(int(revision)), self._behind.setdefault(model, set())
+        ahead = self._ahead.setdefault(model, set())
         if number < floor:
             behind.add(node)
+            ahead.discard(node)
             self._pools.clear()
             return True
         if is_barrier or raises_floor(self._documents.get(model, {}), number):
             self._raise_floor(model, number)
         if number >= self._floors.get(model, number):
             self._seen[model] = revision
-            if node in behind:
-                behind.discard(node)
+            self._behind.setdefault(model, set()).discard(node)
+            self._ahead.setdefault(model, set()).add(node)
+            if model in self._floors:
                 self._pools.clear()
         return False
 
@@ -204,6 +209,7 @@ class Rotation:
             self._floors[model] = revision
             self._seen.pop(model, None)
             self._behind.pop(model, None)
+            self._ahead.pop(model, None)
             self._pools.clear()
 
     def _meet(self, node: NodeId, http: str) -> None:
@@ -213,6 +219,8 @@ class Rotation:
             old.close()
         self.vitals.pop(node, None)
         self._pardon(node)
+        for ahead in self._ahead.values():
+            ahead.discard(node)
         address = urlsplit(http)
         try:
             host, port = address.hostname, address.port
@@ -238,6 +246,7 @@ class Rotation:
             self._ejections.pop(model, None)
             self._floors.pop(model, None)
             self._seen.pop(model, None)
+            self._ahead.pop(model, None)
             return
         reports = self.fleet.reports.get(model, {})
         there = frozenset(
@@ -348,6 +357,7 @@ class Rotation:
             self._zone,
             floor=floor,
             behind=self._behind.get(model, frozenset()),
+            ahead=self._ahead.get(model, frozenset()),
             is_news=floor > max(self._documents.get(model, ()), default=NO_REVISION),
         )
         return _Pool(

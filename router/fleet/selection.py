@@ -64,11 +64,13 @@ class _Host(NamedTuple):
     is_good: bool
     is_lost: bool
 
-    def reaches(self, floor: Revision, behind: AbstractSet[NodeId]) -> bool:
+    def reaches(
+        self, floor: Revision, behind: AbstractSet[NodeId], ahead: AbstractSet[NodeId]
+    ) -> bool:
         """Whether it has the document in force, or waits with it for the word."""
         status = self.report.status
         known = max(status.applied_revision or 0, status.prepared_revision or 0)
-        return known >= floor and self.node not in behind
+        return (known >= floor or self.node in ahead) and self.node not in behind
 
 
 def candidates(
@@ -81,6 +83,7 @@ def candidates(
     *,
     floor: Revision = NO_REVISION,
     behind: AbstractSet[NodeId] = frozenset(),
+    ahead: AbstractSet[NodeId] = frozenset(),
     is_news: bool = False,
 ) -> Candidates:
     """The nodes for requests of ``model``; empty only when none ever said that it serves that.
@@ -94,6 +97,7 @@ def candidates(
     zone: labels that a node shares to be near; empty: all are.
     floor: the oldest document to be answered from. Where no node at all has it in force or ready,
     an answer from an older one is better than none. behind: nodes found to lack it after all.
+    ahead: nodes that have answered from it, whatever they last said of themselves in etcd.
     is_news: that document was heard of from a node, before etcd told of it: what nodes last said
     of themselves is as old, so whoever is not behind is asked.
     """
@@ -113,10 +117,11 @@ def candidates(
         ]
         is_panic = bool(chosen)
     if floor and chosen:
-        there = [host for host in chosen if host.reaches(floor, behind)]
-        there = there or [host for host in answering if host.reaches(floor, behind)]
-        if not there and is_news:
+        if is_news:
             there = [host for host in chosen if host.node not in behind]
+        else:
+            there = [host for host in chosen if host.reaches(floor, behind, ahead)]
+            there = there or [host for host in answering if host.reaches(floor, behind, ahead)]
         is_panic = is_panic or not there
         floor = floor if there else NO_REVISION
         chosen = there or chosen

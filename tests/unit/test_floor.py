@@ -247,6 +247,15 @@ def test_where_nobody_reaches_it_an_older_answer_is_better_than_none() -> None:
     assert gateway.shown() == (("a",), 12, False)
 
 
+def test_who_has_answered_from_it_has_it_whatever_it_said_before() -> None:
+    """etcd tells of the document first, and of the nodes' new statuses later."""
+    gateway = Gateway(a=(10, 10), b=(10, 10))
+    gateway.answers("a", 12)
+    assert gateway.shown() == (("a",), 12, False)
+    gateway.say(record("committed"))
+    assert gateway.shown() == (("a",), 12, False)
+
+
 def test_a_gateway_cut_off_from_etcd_goes_by_what_nodes_answer() -> None:
     """What they last said of themselves is older than the document: they are asked."""
     gateway = Gateway(strategy="immediate", a=(10, 10), b=(10, 10), c=(10, 10))
