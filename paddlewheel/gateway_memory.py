@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,20 +80,26 @@ class GatewayMemory:
                 await asyncio.sleep(REFUSED_RETRY_S)
 
     async def run(self) -> None:
-        """Keep the file up to date until cancelled."""
+        """Keep the file up to date until cancelled; then write once more what is still to be."""
         path, failing = self._path, False
-        while path is not None:
-            await self._changed.wait()
-            await asyncio.sleep(SAVE_AFTER_S)
-            self._changed.clear()
-            listings = {prefix: self._listing(prefix) for prefix in self._held}
-            try:
-                await asyncio.to_thread(self._save, path, listings)
-                failing = False
-            except OSError as exc:
-                if not failing:
-                    log.warning("snapshot_not_saved", path=str(path), reason=str(exc))
-                failing = True
+        if path is None:
+            return
+        try:
+            while True:
+                await self._changed.wait()
+                await asyncio.sleep(SAVE_AFTER_S)
+                self._changed.clear()
+                try:
+                    await asyncio.to_thread(self._save, path, self._listings())
+                    failing = False
+                except OSError as exc:
+                    if not failing:
+                        log.warning("snapshot_not_saved", path=str(path), reason=str(exc))
+                    failing = True
+        finally:
+            if self._changed.is_set():
+                with contextlib.suppress(OSError):
+                    self._save(path, self._listings())
 
     # --- from etcd --------------------------------------------------------------------------
 
@@ -137,6 +144,9 @@ class GatewayMemory:
             log.warning("store_rewound", prefix=prefix, was=revision, now=batch.revision)
             return News(batch, self._listing(prefix))
         return News(batch)
+
+    def _listings(self) -> dict[str, Listing]:
+        return {prefix: self._listing(prefix) for prefix in self._held}
 
     def _listing(self, prefix: str) -> Listing:
         revision, store_id = self._at[prefix]

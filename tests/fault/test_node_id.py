@@ -17,7 +17,7 @@ from tests.eventually import eventually
 from tests.node import Node, store_of
 from tests.served import KEYS
 
-TTL_S = 1
+TTL_S = 2
 KEY = KEYS.node(Node.id)
 
 pytestmark = pytest.mark.timeout(120)
