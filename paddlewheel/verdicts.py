@@ -138,7 +138,8 @@ class Verdicts:
             if failed:
                 pause_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(failures, 10))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), random.uniform(0.5, 1.0) * pause_s)
+                    async with asyncio.timeout(random.uniform(0.5, 1.0) * pause_s):
+                        await self._wake.wait()
                 self._wake.set()
 
     async def _done(self, writing: Coroutine[None, None, None]) -> bool:

@@ -121,7 +121,8 @@ class Leadership:
             else:
                 pause_s = min(backoff_s(rng, failures), self._expires_s - clock_s())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.lost.wait(), max(0.0, pause_s))
+                async with asyncio.timeout(max(0.0, pause_s)):
+                    await self.lost.wait()
             if not self.lost.is_set():
                 failures = 0 if await self._renew() else failures + 1
 

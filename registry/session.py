@@ -123,7 +123,8 @@ class Session:
     async def settled(self, timeout_s: float) -> bool:
         """Whether every wish is written under the present lease, waiting at most ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._settled.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._settled.wait()
         return self._settled.is_set()
 
     async def __aenter__(self) -> Session:
@@ -184,7 +185,8 @@ class Session:
 
     async def _sleep_unless_lost(self, until_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._lost.wait(), max(0.0, until_s - self._clock_s()))
+            async with asyncio.timeout(max(0.0, until_s - self._clock_s())):
+                await self._lost.wait()
 
     async def _grant(self) -> bool:
         started_s = self._clock_s()
@@ -271,7 +273,8 @@ class Session:
             if failed:
                 failures += 1
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._backoff_s(failures))
+                    async with asyncio.timeout(self._backoff_s(failures)):
+                        await self._wake.wait()
                 continue
             failures = 0
             if not self._wake.is_set():

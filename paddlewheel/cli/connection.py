@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +13,9 @@ from registry.keys import Keys
 from registry.store import Store, Unavailable
 
 T = TypeVar("T")
+
+CLOSE_S = 2.0
+"""A channel that does not close must not keep a command that has done its work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,4 +46,6 @@ async def _converse(options: EtcdOptions, work: Callable[[Connection], Awaitable
         where = ",".join(located.endpoints)
         raise Unavailable(f"etcd at {where} ({located.found_by}): {exc}") from exc
     finally:
-        await store.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await store.close()

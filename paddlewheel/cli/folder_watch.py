@@ -60,11 +60,13 @@ class FolderWatch(FileSystemEventHandler):
             if left_s <= 0:
                 return False
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(left_s, _ROOT_CHECK_S))
+                async with asyncio.timeout(min(left_s, _ROOT_CHECK_S)):
+                    await self._changed.wait()
         for _ in range(_MOST_DEBOUNCES):
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), quiet_s)
+                async with asyncio.timeout(quiet_s):
+                    await self._changed.wait()
             except TimeoutError:
                 break
         self._changed.clear()

@@ -280,7 +280,8 @@ class Term:
             due_s = min(self._due_s.values(), default=None)
             timeout_s = None if due_s is None else max(0.0, due_s - self._clock_s())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._wake.wait()
             # Many statuses are one look: it takes 10 us a node, on a loop that serves requests.
             await asyncio.sleep(min(GATHER_MAX_S, GATHER_PER_NODE_S * len(self._view.nodes)))
             self._wake.clear()
