@@ -26,6 +26,7 @@ SAMPLES = 1024
 Z = 3.3
 """Standard normal quantile. High (0.05 %), because the verdict is asked for again and again."""
 SLOW_SHARE = 0.05
+_SMALL_ELEMENTS = 4096
 
 
 class Verdict(StrEnum):
@@ -139,8 +140,19 @@ class OutputGuard:
 
 
 def all_finite(arrays: Iterable[npt.NDArray[Any]]) -> bool:
-    """Whether no floating array holds a NaN or an Inf: 1 us for a small one, 10 us at 600 KB.
+    """Whether no floating array holds a NaN or an Inf: 0.7 us for a small one, 10 us at 600 KB.
 
     bfloat16 travels as uint16 (`registry.inference`) and is not looked into.
     """
-    return all(array.dtype.kind != "f" or bool(np.isfinite(array).all()) for array in arrays)
+    # No generator: it costs as much as a small array does.
+    for array in arrays:  # noqa: SIM110
+        if array.dtype.kind == "f" and not _is_finite(array):
+            return False
+    return True
+
+
+def _is_finite(array: npt.NDArray[Any]) -> bool:
+    finite = np.isfinite(array)
+    if array.size <= _SMALL_ELEMENTS:
+        return b"\0" not in finite.tobytes()  # half the time of `all`, which is Python inside
+    return bool(finite.all())
