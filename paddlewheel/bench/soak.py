@@ -208,7 +208,10 @@ def _own_mb(pid: int) -> float:
 
 
 def _shm() -> frozenset[str]:
-    return frozenset(entry.name for entry in _SHM.iterdir()) if _SHM.is_dir() else frozenset()
+    """Segments are files; a folder there is somebody else's."""
+    if not _SHM.is_dir():
+        return frozenset()
+    return frozenset(entry.name for entry in _SHM.iterdir() if not entry.is_dir())
 
 
 def _figures(
